@@ -1,0 +1,74 @@
+"""Weighted keys, and the attention over them: what every method returns and how it becomes an output.
+
+Legend for shapes, here and in the whole package: `B` batch, `T` queries, `S` keys, `K` selected keys, `H` heads,
+`D` head width, `C` model width.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@flax.struct.dataclass
+class Coreset:
+    """K weighted keys per head that stand for all S of them.
+
+    Attributes:
+      keys: The kept (or merged) keys.
+      values: Their values.
+      log_weights: Added to the logits of each key; log(count) for a group of merged keys, 0 for a key itself.
+      indices: Position of each key among the S; -1 for a merged key, which has none.
+      valid: False for slots that hold no key (fewer keys above the threshold, or fewer unmasked, than K).
+    """
+
+    keys: Float[Array, "B K H D"]
+    values: Float[Array, "B K H D"]
+    log_weights: Float[Array, "B H K"]
+    indices: Int[Array, "B H K"]
+    valid: Bool[Array, "B H K"]
+
+
+def gather(
+    key: Float[Array, "B S H D"],
+    value: Float[Array, "B S H D"],
+    indices: Int[Array, "B H K"],
+    valid: Bool[Array, "B H K"],
+) -> Coreset:
+    """Takes the keys and values at `indices`; gradients flow to them, the indices carry none.
+
+    Args:
+      key: All keys.
+      value: All values.
+      indices: Which to keep, per batch element and head.
+      valid: Which of the kept slots count.
+
+    Returns:
+      A coreset of unweighted keys. Cost: B K H D numbers moved, twice.
+    """
+    along = jnp.swapaxes(indices, 1, 2)[..., None]
+    return Coreset(
+        keys=jnp.take_along_axis(key, along, axis=1),
+        values=jnp.take_along_axis(value, along, axis=1),
+        log_weights=jnp.zeros(indices.shape, jnp.float32),
+        indices=indices,
+        valid=valid,
+    )
+
+
+def attend(query: Float[Array, "B T H D"], coreset: Coreset) -> Float[Array, "B T H D"]:
+    """Softmax attention of every query over the weighted keys of its head.
+
+    out(q) = sum_c softmax_c(<q, key_c> / sqrt(D) + log_weight_c) value_c
+
+    Args:
+      query: Queries.
+      coreset: Keys with values and weights. A head without one valid key gives zeros, not NaN.
+
+    Returns:
+      The outputs in the dtype of `query`; the softmax itself is in float32. Cost: 4 B T K H D operations.
+    """
+    logits = jnp.einsum("bthd,bkhd->bhtk", query, coreset.keys, preferred_element_type=jnp.float32)
+    logits = logits * query.shape[-1] ** -0.5 + coreset.log_weights[:, :, None]
+    probs = jax.nn.softmax(logits, where=coreset.valid[:, :, None])
+    return jnp.einsum("bhtk,bkhd->bthd", probs.astype(query.dtype), coreset.values)

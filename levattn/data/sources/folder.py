@@ -1,0 +1,108 @@
+"""A folder of image files, one subfolder a class, with or without train/ and val/ or test/ above the classes."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from levattn.data.errors import unknown_name
+from levattn.data.sources.base import Example, Source
+from levattn.data.splits import Split
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_EVAL_NAMES = ("test", "val", "validation")
+_SPLIT_NAMES = ("train", *_EVAL_NAMES)
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class FolderSource(Source):
+    """Image files; only their names are held."""
+
+    root: str
+    files: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Example:
+        with open(os.path.join(self.root, self.files[index]), "rb") as file:
+            return {"image": file.read(), "label": int(self.labels[index])}
+
+    def describe(self, index: int) -> str:
+        return os.path.join(self.root, self.files[index])
+
+    def _facts(self) -> Iterator[bytes]:
+        for name in self.files:
+            yield f"{name} {os.path.getsize(os.path.join(self.root, name))}".encode()
+
+
+def open_folder(argument: str, split: Split) -> FolderSource:
+    """Opens `folder:PATH`.
+
+    With a train/ folder in PATH, the splits are its train/ and test/, val/ or validation/ (each of these names finds
+    the only one there is); the classes are those of train/. Without, all of PATH is "train", and slices make the rest:
+    `train[:90%]` and `train[90%:]`. Classes are sorted by name. Examples are in a fixed order that mixes the classes
+    (by a hash of the file name), so that a slice is a fair sample.
+    """
+    root = Path(argument).expanduser()
+    if not argument or not root.is_dir():
+        raise FileNotFoundError(f"source='folder:{argument}': no such folder; give the path that holds the classes")
+    has_splits = (root / "train").is_dir()
+    folder = root / _split_folder(root, split.name, has_splits)
+    class_names = _class_names(root / "train" if has_splits else root)
+    if strangers := sorted(set(_class_names(folder)) - set(class_names)):
+        raise ValueError(f"{folder} has classes that {root / 'train'} lacks: {', '.join(strangers)}")
+    files_of = [_image_files(folder / name) for name in class_names]
+    empty = [name for name, files in zip(class_names, files_of, strict=True) if not files]
+    if len(empty) == len(class_names) or (empty and split.name == "train"):
+        raise ValueError(f"no image ({', '.join(_SUFFIXES)}) in {', '.join(str(folder / name) for name in empty)}")
+    examples = [(f"{class_names[label]}/{file}", label) for label, files in enumerate(files_of) for file in files]
+    examples.sort(key=lambda example: hashlib.blake2b(example[0].encode()).digest())
+    examples = examples[split.slice(len(examples))]
+    return FolderSource(
+        name=f"folder:{argument}",
+        split=split,
+        class_names=class_names,
+        image_shape=None,
+        num_channels=3,
+        root=str(folder),
+        files=tuple(file for file, _ in examples),
+        labels=np.array([label for _, label in examples], np.int32),
+    )
+
+
+def _split_folder(root: Path, name: str, has_splits: bool) -> str:
+    present = [known for known in _SPLIT_NAMES if (root / known).is_dir()] if has_splits else ["train"]
+    if name in present:
+        return name if has_splits else "."
+    alternatives = [known for known in present if known in _EVAL_NAMES]
+    if name in _EVAL_NAMES and len(alternatives) == 1:
+        return alternatives[0]
+    if name in _EVAL_NAMES and not alternatives:
+        raise ValueError(
+            f"split={name!r}: {root} has no test/ or val/; split train by slices: train[:90%], train[90%:]"
+        )
+    raise unknown_name("split", name, present)
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise ValueError(f"{folder} has no subfolders; it needs one folder of images for each class")
+    return tuple(names)
+
+
+def _image_files(folder: Path) -> list[str]:
+    files = []
+    for parent, _, names in os.walk(folder):
+        inner = os.path.relpath(parent, folder)
+        files += [
+            name if inner == "." else f"{inner}/{name}"
+            for name in names
+            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
+        ]
+    return files

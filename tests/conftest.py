@@ -1,0 +1,20 @@
+"""Every test sees eight emulated CPU devices; what holds on one device is tested against what holds on eight."""
+
+import os
+import sys
+import tempfile
+
+# Before anything imports JAX. Programs compile once for all test processes of this machine and user.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The time of these tests is the compiler's: a third of it without its optimisations.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"levattn-jax-{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax
+from absl import flags
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS(sys.argv[:1])  # grain's worker processes refuse to start without parsed flags
