@@ -1,0 +1,59 @@
+"""What the config files share: reading `file.py:k=32,attention=leverage`, and the parts that follow from it."""
+
+import ast
+import difflib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from levattn.training.config import TrainConfig, sections
+
+ATTENTION = {"attention": "dense", "k": 32, "eps": None, "keep_prefix": 0, "local_window": None, "centre": False}
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+    """The text behind the colon of `--config file.py:...`, as values of the types of the defaults.
+
+    Args:
+      arg: Such as "k=32,attention=leverage"; None or "" for the defaults. A name alone stands for `name=True`. Where
+        the default is None, numbers are read as numbers, "None" as None, "3x5" as (3, 5), and the rest as text.
+      **defaults: Every name that may be given.
+
+    Raises:
+      ValueError: For a name that is not among the defaults, with the nearest that is, or a value of another type.
+    """
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        name, has_value, text = item.partition("=")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"the config takes no argument {name!r}{hint} It takes {', '.join(defaults)}")
+        values[name] = _convert(name, text if has_value else "True", defaults[name])
+    return ConfigDict(values, convert_dict=False)
+
+
+def _convert(name: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    parts = text.split("x")
+    if default is None:
+        return tuple(map(int, parts)) if len(parts) == 2 and all(p.isdigit() for p in parts) else value
+    if isinstance(default, float) and isinstance(value, int):
+        value = float(value)
+    if type(value) is not type(default):
+        raise ValueError(f"{name}={text!r} must be of type {type(default).__name__}, such as {default!r}")
+    return value
+
+
+def new_config(arg: ConfigDict) -> ConfigDict:
+    """A config with a section for every part of `TrainConfig`, its attention filled in from the parsed argument."""
+    config = sections(TrainConfig)
+    config.model.attention = ConfigDict(
+        {name: arg[name] for name in ATTENTION if name != "attention"} | {"method": arg.attention}
+    )
+    return config

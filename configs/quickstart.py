@@ -1,0 +1,39 @@
+"""A small ViT on data that come with the packages: scikit-learn's digits, every pixel a token.
+
+    python train.py --config configs/quickstart.py:attention=leverage,k=16 --workdir runs/digits
+
+`source=fashion_mnist` trains the same model on Fashion-MNIST in patches of 4x4 (49 tokens and a class token).
+
+Hardware: two CPU cores.  Wall time and accuracy: see the README's quickstart table.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = common.parse_arg(arg, source="digits", **common.ATTENTION)
+    digits = arg.source == "digits"
+    config = common.new_config(arg)
+    config.batch_size = 64 if digits else 256
+    config.total_epochs = 45 if digits else 4
+    config.log_every_steps = 100
+    config.data.source = arg.source
+    config.data.crop = "pad"
+    config.data.crop_padding = 1 if digits else 2
+    config.data.flip = not digits
+
+    config.model.variant = "mu/1" if digits else "mu/4"
+    config.model.width = 64
+    config.model.depth = 4
+    config.model.mlp_dim = 128
+    config.model.num_heads = 4
+    config.model.num_classes = 10
+    config.model.pool = "cls"
+
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.warmup_steps = 100
+    config.loss.label_smoothing = 0.1
+    return config

@@ -1,0 +1,1 @@
+"""Training runs: config, optimiser, sharded state, the step, checkpoints, metrics, and the loop around them."""

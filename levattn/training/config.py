@@ -1,0 +1,183 @@
+"""The whole of a training run in one frozen record.
+
+A config file returns a ConfigDict that names only what it changes. `from_config_dict` turns it, once and at the
+edge, into these dataclasses; past that point a config is immutable, complete and valid.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from levattn.data import DataConfig
+from levattn.models import ModelConfig
+from levattn.training.config_dict import from_config_dict as from_config_dict
+from levattn.training.config_dict import sections as sections
+from levattn.training.config_dict import to_dict as to_dict
+
+
+def _require(config: Any, name: str, holds: bool, must_be: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={getattr(config, name)!r} must be {must_be}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters move.
+
+    Args:
+      name: "adamw", "adafactor" (factored second moments, no scaling by parameter norm), "sgd" (momentum) or "muon"
+        (orthogonalised momentum for the kernels inside the blocks, Adam for everything else).
+      learning_rate: Peak of the schedule.
+      weight_decay: Decay of kernels only, multiplied by the scheduled learning rate as in optax and PyTorch. A
+        decay of 1e-4 that is not multiplied by a learning rate of 1e-3 is 0.1 here.
+      b1: Decay of the momentum (Muon: 0.95 is usual).
+      b2: Decay of the second moments; the cap of the growing decay in Adafactor.
+      eps: Added to the root of the second moments.
+      momentum_dtype: In which the momentum is stored. bfloat16 halves its memory.
+      schedule: Shape of the learning rate after the warm-up.
+      warmup_steps: Linear rise from 0.
+      cooldown_steps: Linear fall to 0 at the end, on top of the schedule; for "rsqrt" and "constant".
+      rsqrt_timescale: Steps after which "rsqrt" has fallen to 1/sqrt(2) of its peak.
+      grad_clip_norm: Gradients with a larger global norm are scaled down to it. None: no clipping.
+    """
+
+    name: Literal["adamw", "adafactor", "sgd", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    momentum_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    schedule: Literal["cosine", "rsqrt", "constant", "linear"] = "cosine"
+    warmup_steps: int = 0
+    cooldown_steps: int = 0
+    rsqrt_timescale: int = 10_000
+    grad_clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        _require(self, "learning_rate", self.learning_rate > 0, "positive")
+        _require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
+        _require(self, "b1", 0 <= self.b1 < 1, "in [0, 1)")
+        _require(self, "b2", 0 <= self.b2 < 1, "in [0, 1)")
+        _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
+        _require(self, "cooldown_steps", self.cooldown_steps >= 0, "at least 0")
+        _require(self, "rsqrt_timescale", self.rsqrt_timescale > 0, "positive")
+        _require(self, "grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive or None")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What is minimised.
+
+    Args:
+      kind: Softmax or sigmoid cross-entropy; the latter is summed over classes.
+      label_smoothing: Share of the target spread evenly over all classes.
+      mixup_alpha: MixUp with Beta(alpha, alpha). 0: none.
+    """
+
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = 0.0
+    mixup_alpha: float = 0.0
+
+    def __post_init__(self):
+        _require(self, "label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)")
+        _require(self, "mixup_alpha", self.mixup_alpha >= 0, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are laid out. The batch is split over all of them, parameters over `fsdp`.
+
+    Args:
+      data: Devices along the axis that replicates parameters. -1: all that `fsdp` leaves.
+      fsdp: Devices along the axis that splits parameters and optimiser state.
+      fsdp_min_size: Arrays with fewer elements are replicated.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    fsdp_min_size: int = 2**16
+
+    def __post_init__(self):
+        _require(self, "data", self.data == -1 or self.data > 0, "positive, or -1 for all remaining devices")
+        _require(self, "fsdp", self.fsdp > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept of a run.
+
+    Args:
+      every_steps: Interval of saves. None: only at the end.
+      keep_last: Newest checkpoints kept.
+      keep_best: Best checkpoints, by `metric`, kept beside them.
+      metric: Name of the evaluation metric that ranks checkpoints; larger is better.
+    """
+
+    every_steps: int | None = None
+    keep_last: int = 1
+    keep_best: int = 1
+    metric: str = "top1"
+
+    def __post_init__(self):
+        _require(self, "every_steps", self.every_steps is None or self.every_steps > 0, "positive or None")
+        _require(self, "keep_last", self.keep_last > 0, "positive")
+        _require(self, "keep_best", self.keep_best >= 0, "at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run.
+
+    Args:
+      data: Where images come from and how they are changed.
+      model: The network, its attention included.
+      optimizer: How parameters move.
+      loss: What is minimised.
+      mesh: How devices are laid out.
+      checkpoint: What is kept.
+      seed: Of initialisation, data order, augmentation, MixUp and dropout.
+      batch_size: Examples a step, over all devices and microbatches.
+      total_steps: Length of the run; exactly one of this and `total_epochs`.
+      total_epochs: Length of the run in passes over the training split.
+      log_every_steps: Interval of training metrics.
+      eval_every_steps: Interval of evaluations. None: only at the end.
+      accumulate_steps: Microbatches a step. More of them need less memory and give the same gradients.
+      ema_decay: Decay of the average of parameters that is evaluated and exported. None: no average.
+      init_from: Checkpoint or export whose parameters start the run (fine-tuning).
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    seed: int = 0
+    batch_size: int = 128
+    total_steps: int | None = None
+    total_epochs: float | None = None
+    log_every_steps: int = 50
+    eval_every_steps: int | None = None
+    accumulate_steps: int = 1
+    ema_decay: float | None = None
+    init_from: str | None = None
+
+    def __post_init__(self):
+        if (self.total_steps is None) == (self.total_epochs is None):
+            raise ValueError(f"set one of total_steps={self.total_steps} and total_epochs={self.total_epochs}")
+        for name in ("batch_size", "total_steps", "total_epochs", "log_every_steps", "eval_every_steps"):
+            value = getattr(self, name)
+            _require(self, name, value is None or value > 0, "positive")
+        _require(self, "seed", self.seed >= 0, "at least 0")
+        _require(self, "accumulate_steps", self.accumulate_steps > 0, "positive")
+        _require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1) or None")
+        if self.batch_size % self.accumulate_steps:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be divisible by accumulate_steps={self.accumulate_steps}"
+            )
+
+    def num_steps(self, num_examples: int) -> int:
+        """Steps of the run on a training split of `num_examples`; epochs are rounded to whole steps, at least one."""
+        if self.total_steps is not None:
+            return self.total_steps
+        return max(1, round(self.total_epochs * num_examples / self.batch_size))

@@ -1,0 +1,102 @@
+"""Parameters in one file that other tools read: `.safetensors` or `.npz`, float32, with the config that made them.
+
+Names are the path in the parameter tree, joined by `/`. An `.npz` has them behind `params/`, as big_vision writes and
+expects them, and the config as JSON text under `__config__`; a `.safetensors` has it in its metadata, under `config`.
+"""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+
+from levattn.training.workdir import atomic_path
+
+_CONFIG = "__config__"
+_PREFIX = "params/"
+
+
+def export_params(path: str | os.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Writes parameters and config, atomically. Every process of a run calls this; process 0 writes.
+
+    Args:
+      path: Ends in `.safetensors` or `.npz`; its folder exists.
+      params: Nested dicts of arrays, sharded or not. Floating-point ones are written as float32.
+      config: JSON serialisable.
+
+    Raises:
+      ValueError: Another suffix.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    arrays = {name: _to_numpy(leaf) for name, leaf in flatten_dict(params, sep="/").items()}
+    if jax.process_index() != 0:
+        return
+    config_json = json.dumps(config)
+    with atomic_path(path) as temporary:
+        if path.suffix == ".npz":
+            named = {_PREFIX + name: array for name, array in arrays.items()}
+            np.savez(temporary, **named, **{_CONFIG: np.array(config_json)})
+        else:
+            safetensors.numpy.save_file(arrays, temporary, metadata={"config": config_json})
+
+
+def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads what `export_params` wrote, or a file of the same naming from elsewhere.
+
+    Where an `.npz` has names under `params/`, only those are read (others are optimizer state).
+
+    Returns:
+      Nested dicts of NumPy arrays, and the config ({} if the file has none).
+
+    Raises:
+      FileNotFoundError: No such file.
+      ValueError: Another suffix, pickled objects (which could run code and are never loaded), or a damaged file.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {str(path)!r}")
+    try:
+        flat, config_json = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+        config = json.loads(config_json) if config_json else {}
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as {path.suffix}: {error}") from error
+    return unflatten_dict(flat, sep="/"), config
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    with path.open("rb") as raw:  # NumPy leaves a damaged file open if it opens it itself
+        file = np.load(raw, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("not an archive of named arrays")
+        names = [name for name in file.files if name != _CONFIG]
+        names = [name for name in names if name.startswith(_PREFIX)] or names
+        flat = {name.removeprefix(_PREFIX): file[name] for name in names}
+        return flat, str(file[_CONFIG]) if _CONFIG in file.files else None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
+    with safetensors.safe_open(path, framework="numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("config")  # noqa: SIM118
+
+
+def _to_numpy(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    array = np.asarray(leaf)
+    return array.astype(np.float32) if jnp.issubdtype(array.dtype, np.floating) else array
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{str(path)!r} must end in .safetensors or .npz")

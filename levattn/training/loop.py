@@ -1,0 +1,222 @@
+"""A training run from config to exported parameters. Whatever can be wrong is found before anything compiles."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from levattn.data import Source, open_source, output_shape, train_batches
+from levattn.models import ViT
+from levattn.training.checkpoint import Checkpointer
+from levattn.training.config import TrainConfig, to_dict
+from levattn.training.estimate import estimate
+from levattn.training.export import export_params
+from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, with_params_of
+from levattn.training.metrics import MetricWriter, Progress
+from levattn.training.optim import make_optimizer
+from levattn.training.sharding import check_batch_size, make_mesh, put_batch
+from levattn.training.state import TrainState, create_state, init_state, plan_state
+from levattn.training.step import evaluate, make_eval_step, make_train_step
+from levattn.training.workdir import prepare_workdir, read_config
+
+PROFILE_FOLDER = "profile"
+
+_STEPS_IN_FLIGHT = 2
+_STEPS_BEFORE_PROFILE, _STEPS_PROFILED = 3, 3
+
+
+def train(
+    config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = False, profile: bool = False
+) -> dict[str, float]:
+    """Trains, evaluates and exports; goes on from the checkpoint in `workdir` if there is one.
+
+    A run that was stopped and resumed gives the same parameters, bit for bit, as one that was not: randomness
+    depends on the seed and the step alone, and the step is also the position in the data.
+
+    Args:
+      config: The run.
+      workdir: Gets `config.json`, `versions.json`, `metrics.jsonl`, TensorBoard files, checkpoints and, at the end,
+        `params.safetensors`.
+      dry_run: Stop after opening the data and printing the estimate; nothing is written.
+      profile: Write a trace of a few steps to `workdir/profile`.
+
+    Returns:
+      The last metrics: `train/...` (absent if no step was left to take) and `eval/...`. Empty after a dry run.
+
+    Raises:
+      ValueError: Naming what does not fit: batch and devices, classes of data and model, patches and images.
+      OSError: Data that are missing, a workdir that cannot be written.
+    """
+    run = _prepare(config)
+    if dry_run:
+        return {}
+    changes = _changes(read_config(workdir), to_dict(config))
+    workdir = prepare_workdir(workdir, to_dict(config))
+    plan = plan_state(run.init_fn, run.mesh, config.mesh.fsdp_min_size)
+    train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, plan)
+    eval_step = make_eval_step(config, run.model, run.mesh)
+
+    with contextlib.ExitStack() as stack:
+        kept = config.checkpoint
+        checkpointer = stack.enter_context(
+            Checkpointer(workdir / CHECKPOINT_FOLDER, kept.keep_last, kept.keep_best, best_metric=kept.metric)
+        )
+        state, start_step = _start(config, run, plan, checkpointer)
+        writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
+        progress = stack.enter_context(Progress(run.total_steps, config.batch_size, start_step))
+        if start_step:
+            progress.log(f"going on from step {start_step} of {run.total_steps}{changes}")
+        batches = _train_batches(config, run.train_source, start_step)
+        stack.callback(batches.close)
+        profiler = stack.enter_context(_Profiler(workdir / PROFILE_FOLDER, start_step, enabled=profile))
+
+        def evaluate_now(step: int) -> dict[str, float]:
+            with progress.paused():
+                metrics = evaluate(eval_step, state.eval_params, run.eval_source, config, run.mesh)
+            writer.write(step, _prefixed("eval", metrics))
+            progress.log("  ".join([f"eval {step}/{run.total_steps}", *(f"{k} {v:.4g}" for k, v in metrics.items())]))
+            return metrics
+
+        shown = {}
+        in_flight = collections.deque()
+        for step in range(start_step + 1, run.total_steps + 1):
+            profiler.before(step)
+            # Steps are dispatched ahead, so that the next batch is read and sent while the devices compute. How far
+            # ahead is bounded, and with it the memory of waiting batches.
+            state, metrics = train_step(state, put_batch(next(batches), run.mesh))
+            in_flight.append(metrics)
+            if len(in_flight) > _STEPS_IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
+            is_last = step == run.total_steps
+            if is_last or step % config.log_every_steps == 0:
+                shown = jax.device_get(metrics)
+                writer.write(step, _prefixed("train", shown | {"images_per_second": progress.update(step, shown)}))
+            if is_last:
+                break  # evaluated and saved below, as is a run that has no step left to take
+            evaluated = evaluate_now(step) if _is_due(step, config.eval_every_steps) else None
+            if _is_due(step, kept.every_steps) or (evaluated and kept.keep_best):
+                checkpointer.save(step, state, evaluated, extra={})
+
+        evaluated = evaluate_now(run.total_steps)
+        if checkpointer.latest_step() != run.total_steps:
+            checkpointer.save(run.total_steps, state, evaluated, extra={})
+        export_params(workdir / EXPORT_FILE, state.eval_params, to_dict(config))
+    return {name: float(value) for name, value in (_prefixed("train", shown) | _prefixed("eval", evaluated)).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a config comes to on this machine."""
+
+    mesh: Mesh
+    train_source: Source
+    eval_source: Source
+    model: nn.Module
+    tx: optax.GradientTransformation
+    schedule_fn: optax.Schedule
+    total_steps: int
+    init_fn: Callable[[jax.Array], TrainState]
+
+
+def _prepare(config: TrainConfig) -> _Run:
+    """Opens and checks everything, and prints what the run will cost."""
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.batch_size, mesh, config.accumulate_steps)
+    sources = [open_source(config.data, split) for split in (config.data.train_split, config.data.eval_split)]
+    for source in sources:
+        if config.model.num_classes != (expected := source.num_classes):
+            raise ValueError(
+                f"model.num_classes={config.model.num_classes} must be {expected}, the classes of {source.name}"
+            )
+    image_shape = output_shape(sources[0], config.data)
+    total_steps = config.num_steps(len(sources[0]))
+    tx, schedule_fn = make_optimizer(config.optimizer, total_steps)
+    model, ema = ViT(config.model), config.ema_decay is not None
+    cost = estimate(
+        config.model,
+        image_shape,
+        tx,
+        batch_size=config.batch_size,
+        num_devices=mesh.size,
+        num_shards=config.mesh.fsdp,
+        accumulate_steps=config.accumulate_steps,
+        ema=ema,
+    )
+    if jax.process_index() == 0:
+        cost.show()
+    init_fn = functools.partial(init_state, model=model, image_shape=image_shape, tx=tx, ema=ema)
+    return _Run(mesh, *sources, model, tx, schedule_fn, total_steps, init_fn)
+
+
+def _start(config: TrainConfig, run: _Run, plan: TrainState, checkpointer: Checkpointer) -> tuple[TrainState, int]:
+    """The state to go on from and its step: the newest checkpoint, a fine-tuning start, or a fresh one."""
+    step = checkpointer.latest_step()
+    if step is not None:
+        return checkpointer.restore(plan), step
+    state = create_state(run.init_fn, plan, config.seed)
+    return (state if config.init_from is None else with_params_of(state, config.init_from)), 0
+
+
+def _train_batches(config: TrainConfig, source: Source, start_step: int):
+    return train_batches(
+        source,
+        config.data,
+        global_batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        shard_index=jax.process_index(),
+        num_shards=jax.process_count(),
+    )
+
+
+class _Profiler:
+    """Traces a few steps once compilation and the first steps are over."""
+
+    def __init__(self, folder: os.PathLike, start_step: int, enabled: bool):
+        self._folder, self._running = folder, False
+        self._first = start_step + _STEPS_BEFORE_PROFILE + 1 if enabled else None
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        elif self._running and step == self._first + _STEPS_PROFILED:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+    def __enter__(self) -> "_Profiler":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+
+def _is_due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0
+
+
+def _prefixed(prefix: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _changes(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> str:
+    """Which fields differ from those that the workdir was made with, for the person who resumes it."""
+    if old is None:
+        return ""
+    old, new = (flatten_dict(json.loads(json.dumps(config)), sep=".") for config in (old, new))
+    changed = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
+    return f", with changed {', '.join(changed)}" if changed else ""

@@ -1,0 +1,146 @@
+"""The folder of a run: that it can be written is shown at once, and what ran in it is on record."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+CONFIG_FILE = "config.json"
+VERSIONS_FILE = "versions.json"
+_PACKAGES = ("levattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def prepare_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
+    """Makes the folder of a run, proves that this process can write there, and records the config and `provenance`.
+
+    An earlier `config.json` is replaced: to compare it with the new one, call `read_config` first. Every process
+    of a run calls this; process 0 writes the records.
+
+    Args:
+      path: The folder; its parents are made too.
+      config: The resolved config, JSON serialisable.
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      OSError: It cannot be made or written; the message names it and what to do.
+    """
+    path = Path(path).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"levattn")
+            probe.flush()
+    except OSError as error:
+        raise type(error)(
+            f"workdir {str(path)!r} cannot be written ({error.strerror or error}): "
+            "give --workdir a folder that you own, on a disk with free space"
+        ) from error
+    if jax.process_index() == 0:
+        write_json(path / CONFIG_FILE, config)
+        write_json(path / VERSIONS_FILE, provenance())
+    return path
+
+
+def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
+    """The config that `prepare_workdir` recorded, or None where it has not been called.
+
+    Raises:
+      ValueError: The file is there but is not JSON.
+    """
+    path = Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON ({error}): restore it or start in a new workdir") from error
+
+
+def provenance() -> dict[str, Any]:
+    """What is needed to run the same thing again: command, time, commit, hardware and versions, JSON serialisable.
+
+    `commit` and `dirty` (uncommitted changes) are None where the package does not run from a git checkout. Starts
+    the JAX backend: call it after `jax.distributed.initialize`.
+    """
+    commit, dirty = _git_state()
+    device = jax.devices()[0]
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "hardware": {
+            "platform": device.platform,
+            "device_kind": device.device_kind,
+            "num_devices": jax.device_count(),
+            "num_processes": jax.process_count(),
+            "num_cpus": os.cpu_count(),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+    }
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary name in the same folder; on success it takes the place of `path`, on an error it is removed.
+
+    A reader sees the old file or the whole new one, also after a crash: the data reach the disk before the rename.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes indented JSON, atomically.
+
+    Raises:
+      ValueError: NaN or infinity, which JSON does not have.
+      TypeError: Something else that is not JSON.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> tuple[str | None, bool | None]:
+    """Commit and whether anything is uncommitted, of the checkout that this very file is part of."""
+    # An installed copy may lie inside the checkout of some other project: ask whether git tracks this file.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None, None
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    return commit, None if changes is None else changes != ""
+
+
+def _git(*args: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *args]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, no checkout, or no answer
+        return None

@@ -1,0 +1,181 @@
+"""Whole runs on digits: they learn, resume bit for bit, and run the same in several processes."""
+
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from levattn.models import ViT
+from levattn.training.checkpoint import Checkpointer
+from levattn.training.config import TrainConfig, from_config_dict
+from levattn.training.export import load_params
+from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
+from levattn.training.loop import train
+from levattn.training.optim import make_optimizer
+from levattn.training.sharding import make_mesh
+from levattn.training.state import init_state, plan_state
+
+ROOT = Path(__file__).parents[1]
+
+
+def make_config(**changes) -> TrainConfig:
+    fields = {
+        "data": {"source": "digits"},
+        "model": {"variant": "Ti/2", "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64, "num_classes": 10},
+        "optimizer": {"learning_rate": 3e-3},
+        "batch_size": 64,
+        "total_steps": 8,
+        "log_every_steps": 1,
+    }
+    for name, value in changes.items():
+        fields[name] = fields.get(name, {}) | value if isinstance(value, dict) else value
+    return from_config_dict(TrainConfig, fields)
+
+
+def metric_lines(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("time", "train/images_per_second")
+    return [{name: value for name, value in line.items() if name not in timing} for line in lines]
+
+
+def saved_state(config, workdir, step):
+    tx, _ = make_optimizer(config.optimizer, config.total_steps)
+    init_fn = functools.partial(init_state, model=ViT(config.model), image_shape=(8, 8, 1), tx=tx, ema=True)
+    plan = plan_state(init_fn, make_mesh(config.mesh), config.mesh.fsdp_min_size)
+    with Checkpointer(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpointer:
+        return jax.device_get(checkpointer.restore(plan, step))
+
+
+def test_a_resumed_run_equals_one_never_stopped_bit_for_bit(tmp_path):
+    """Parameters, optimiser state, average, metrics and export, with everything random turned on."""
+    config = make_config(
+        data={"crop": "pad", "flip": True},
+        model={"dropout": 0.1, "stochastic_depth": 0.1},
+        loss={"mixup_alpha": 0.2},
+        ema_decay=0.9,
+        checkpoint={"every_steps": 4, "keep_last": 2},
+    )
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    final = train(config, whole)
+    # What a run killed after its checkpoint at step 4 leaves behind.
+    shutil.copytree(whole / CHECKPOINT_FOLDER / "4", resumed / CHECKPOINT_FOLDER / "4")
+    assert train(config, resumed) | {"train/images_per_second": 0} == final | {"train/images_per_second": 0}
+    states = [jax.tree.leaves_with_path(saved_state(config, workdir, 8)) for workdir in (whole, resumed)]
+    assert len(states[0]) == len(states[1]) > 30
+    for (path, ours), (_, reference) in zip(*states, strict=True):
+        assert np.array_equal(ours, reference), jax.tree_util.keystr(path)
+    assert metric_lines(resumed) == [line for line in metric_lines(whole) if line["step"] > 4]
+    assert (resumed / EXPORT_FILE).read_bytes() == (whole / EXPORT_FILE).read_bytes()
+
+
+def test_a_short_run_learns_and_leaves_everything_behind(tmp_path):
+    config = make_config(total_steps=120, optimizer={"learning_rate": 1e-2}, log_every_steps=20, eval_every_steps=60)
+    metrics = train(config, tmp_path, profile=True)
+    lines = metric_lines(tmp_path)
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    assert metrics["eval/count"] == 360
+    assert metrics["eval/top1"] > 0.7
+    assert [line["step"] for line in lines if "eval/top1" in line] == [60, 120]
+    assert {"config.json", "versions.json", EXPORT_FILE} <= {path.name for path in tmp_path.iterdir()}
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    _, exported_config = load_params(tmp_path / EXPORT_FILE)
+    assert from_config_dict(TrainConfig, exported_config) == config
+
+    # A finished run has no step left; a new one can start from its parameters, with another head.
+    again = train(config, tmp_path)
+    assert again["eval/top1"] == metrics["eval/top1"]
+    tuned = make_config(init_from=str(tmp_path), total_steps=1, optimizer={"learning_rate": 1e-9})
+    assert train(tuned, tmp_path / "tuned")["eval/top1"] == pytest.approx(metrics["eval/top1"], abs=0.01)
+    other_head = make_config(
+        init_from=str(tmp_path), data={"source": "fake:num_classes=3,size=8,examples=64"}, model={"num_classes": 3}
+    )
+    with pytest.raises(ValueError, match="embedding/kernel is"):  # three channels against one
+        train(other_head, tmp_path / "other")
+
+
+def test_a_dry_run_prints_the_estimate_and_writes_nothing(tmp_path, capsys):
+    assert train(make_config(), tmp_path / "run", dry_run=True) == {}
+    assert "parameters" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"model.num_classes=7 must be 10, the classes of digits"):
+        train(make_config(model={"num_classes": 7}), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"batch_size=12 must be divisible by 8"):
+        train(make_config(batch_size=12), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(make_config(data={"source": f"folder:{tmp_path}/nowhere"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+CONFIG_FILE = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({
+        "data": {"source": "digits"},
+        "model": {"variant": "Ti/2", "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64, "num_classes": 10},
+        "optimizer": {"learning_rate": 3e-3},
+        "batch_size": 64,
+        "total_steps": 4,
+    })
+"""
+
+
+def launch(tmp_path, *flags, num_devices=4):
+    config_file = tmp_path / "config.py"
+    config_file.write_text(CONFIG_FILE)
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--config", config_file, *flags],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    """Two processes of two devices against one of four: the same batches, in another order within each."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    distributed = [f"--coordinator_address={address}", "--num_processes=2", f"--workdir={tmp_path / 'two'}"]
+    runs = [launch(tmp_path, *distributed, f"--process_id={i}", num_devices=2) for i in range(2)]
+    runs.append(launch(tmp_path, f"--workdir={tmp_path / 'one'}"))
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(outputs)
+    assert "eval 4/4" in outputs[0]
+    assert "eval" not in outputs[1]  # only process 0 speaks
+    two, one = (load_params(tmp_path / name / EXPORT_FILE)[0] for name in ("two", "one"))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), two, one)
+    assert metric_lines(tmp_path / "two")[-1]["eval/count"] == 360
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.model.num_class=10", "model.num_class: there is no such field; did you mean 'model.num_classes'?"),
+        ("--config.data.source=folder:/nowhere", "/nowhere"),
+        ("--config.optimizr.name=sgd", 'Did you mean "optimizer"'),
+        ("--config.model.variant=Ti/3", "image size 8x8 must be a multiple of the patch size 3"),
+    ],
+)
+def test_a_mistake_of_the_user_is_one_message_and_exit_code_2(tmp_path, flag, message):
+    run = launch(tmp_path, f"--workdir={tmp_path / 'run'}", flag)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2, output
+    assert output.startswith("error: ")
+    assert message in output
+    assert "Traceback" not in output
