@@ -1,4 +1,4 @@
-"""Evaluates a trained model under any attention: `python eval.py --checkpoint runs/a --attention dense,leverage --k 8,32`.
+"""Evaluates a trained model under any attention: `eval.py --checkpoint runs/a --attention dense,leverage --k 8,32`.
 
 Writes the table to the terminal and, as results.csv, results.md and results.json, to `--out` (default: the workdir of
 the checkpoint). Further options of the attention: `--option keep_prefix=1 --option local_window=3x3`.

@@ -31,9 +31,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.num_heads = 4
     config.model.num_classes = 10
     config.model.pool = "cls"
+    config.model.posemb = "sincos2d"  # learned positions need longer than minutes
 
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.warmup_steps = 100
-    config.loss.label_smoothing = 0.1
+    config.ema_decay = 0.99
     return config

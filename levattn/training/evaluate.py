@@ -1,4 +1,4 @@
-"""Evaluating a trained model under other attention than it was trained with: every combination over one pass of data."""
+"""Evaluating a trained model under any attention: every combination in one pass over the data."""
 
 import collections
 import contextlib
@@ -128,8 +128,8 @@ def evaluate_attention(
     source = open_source(config.data, config.data.eval_split) if source is None else source
     if source.num_classes != config.model.num_classes:
         raise ValueError(
-            f"{source.name} has {source.num_classes} classes, the checkpoint was trained on {config.model.num_classes}: "
-            "evaluate on a data set with the same classes"
+            f"{source.name} has {source.num_classes} classes, the checkpoint was trained on "
+            f"{config.model.num_classes}: evaluate on a data set with the same classes"
         )
     rows, columns = patch_grid(config.model, output_shape(source, config.data))
     num_tokens = rows * columns + config.model.num_prefix_tokens

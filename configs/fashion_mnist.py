@@ -1,0 +1,40 @@
+"""A 12-layer ViT (width 384, 6 heads) on Fashion-MNIST at the token counts of the paper: 197 (`patch=2`) and 785 (1).
+
+    python train.py --config configs/fashion_mnist.py:attention=leverage,k=32 --workdir runs/fmnist_leverage
+    python train.py --config configs/fashion_mnist.py:attention=leverage,k=32,patch=1 --workdir runs/fmnist_785
+
+Hardware, wall time and accuracy: see `results/fashion_mnist/` and the README; at 785 tokens unmeasured.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    arg = common.parse_arg(arg, patch=2, variant="S", epochs=30, dtype="bfloat16", **common.ATTENTION)
+    config = common.new_config(arg)
+    config.batch_size = 512
+    config.total_epochs = arg.epochs
+    config.log_every_steps = 50
+    config.eval_every_steps = 1000
+    config.checkpoint.every_steps = 1000
+
+    config.data.source = "fashion_mnist"
+    config.data.crop = "pad"
+    config.data.crop_padding = 2
+    config.data.flip = True
+    config.data.mean = (0.286,)
+    config.data.std = (0.353,)
+
+    config.model.variant = f"{arg.variant}/{arg.patch}"
+    config.model.num_classes = 10
+    config.model.pool = "cls"
+    config.model.stochastic_depth = 0.1
+    config.model.dtype = arg.dtype
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.warmup_steps = min(500, 20 * arg.epochs)
+    config.loss.label_smoothing = 0.1
+    return config
