@@ -29,8 +29,7 @@ flags.mark_flag_as_required("checkpoint")
 
 def main() -> None:
     config, params = load_trained(CHECKPOINT.value)
-    defaults = dataclasses.asdict(config.model.attention)
-    base = AttentionSpec(**(defaults | parse_arg(",".join(OPTION.value), **defaults)))
+    base = AttentionSpec(**parse_arg(",".join(OPTION.value), **dataclasses.asdict(config.model.attention)))
     specs = list(expand(base, ATTENTION.value, [int(k) for k in K.value])) or None
     data = config.data if SOURCE.value is None else dataclasses.replace(config.data, source=SOURCE.value)
     source = open_source(data, SPLIT.value or data.eval_split)

@@ -41,6 +41,8 @@ def _convert(name: str, text: str, default: Any) -> Any:
     except (ValueError, SyntaxError):
         value = text
     parts = text.split("x")
+    if value is None:  # whether the field may be None is known where the config is validated
+        return None
     if default is None:
         return tuple(map(int, parts)) if len(parts) == 2 and all(p.isdigit() for p in parts) else value
     if isinstance(default, float) and isinstance(value, int):

@@ -12,10 +12,10 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, patch=2, variant="S", epochs=30, dtype="bfloat16", **common.ATTENTION)
+    arg = common.parse_arg(arg, patch=2, variant="S", epochs=10, dtype="bfloat16", **common.ATTENTION)
     config = common.new_config(arg)
     config.batch_size = 512
-    config.total_epochs = arg.epochs
+    config.total_epochs = float(arg.epochs)
     config.log_every_steps = 50
     config.eval_every_steps = 1000
     config.checkpoint.every_steps = 1000
@@ -30,11 +30,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.variant = f"{arg.variant}/{arg.patch}"
     config.model.num_classes = 10
     config.model.pool = "cls"
+    config.model.posemb = "sincos2d"
     config.model.stochastic_depth = 0.1
     config.model.dtype = arg.dtype
 
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.name = "muon"
+    config.optimizer.b1 = 0.95
+    config.optimizer.learning_rate = 5e-3
     config.optimizer.weight_decay = 0.05
-    config.optimizer.warmup_steps = min(500, 20 * arg.epochs)
+    config.optimizer.warmup_fraction = 0.1
     config.loss.label_smoothing = 0.1
     return config

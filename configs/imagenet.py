@@ -33,7 +33,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     )
     config = common.new_config(arg)
     config.batch_size = 1024
-    config.total_epochs = arg.epochs
+    config.total_epochs = float(arg.epochs)
     config.accumulate_steps = arg.accumulate
     config.log_every_steps = 100
     config.eval_every_steps = 5_000

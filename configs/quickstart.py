@@ -17,7 +17,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     digits = arg.source == "digits"
     config = common.new_config(arg)
     config.batch_size = 64 if digits else 256
-    config.total_epochs = 45 if digits else 4
+    config.total_epochs = 36.0 if digits else 3.0
     config.log_every_steps = 100
     config.data.source = arg.source
     config.data.crop = "pad"
@@ -33,8 +33,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.pool = "cls"
     config.model.posemb = "sincos2d"  # learned positions need longer than minutes
 
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.name = "muon"
+    config.optimizer.b1 = 0.95
+    config.optimizer.learning_rate = 1e-2
     config.optimizer.weight_decay = 0.05
-    config.optimizer.warmup_steps = 100
+    config.optimizer.warmup_fraction = 0.1
     config.ema_decay = 0.99
     return config

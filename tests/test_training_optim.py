@@ -112,3 +112,14 @@ def test_muon_takes_exactly_the_kernels_inside_blocks_and_makes_them_orthogonal(
     assert numbers["embedding"]["kernel"] is None
     assert numbers["Transformer"]["encoderblock_0"]["MlpBlock_0"]["Dense_0"]["kernel"] is not None
     assert numbers["Transformer"]["encoderblock_0"]["MlpBlock_0"]["Dense_0"]["bias"] is None
+
+
+def test_a_warmup_fraction_is_that_share_of_a_run_of_any_length():
+    for total_steps in (5, 100):
+        by_share = make_schedule(OptimizerConfig(warmup_fraction=0.2), total_steps)
+        by_steps = make_schedule(OptimizerConfig(warmup_steps=total_steps // 5), total_steps)
+        assert [float(by_share(step)) for step in range(total_steps)] == [
+            float(by_steps(s)) for s in range(total_steps)
+        ]
+    with pytest.raises(ValueError, match=r"set one of warmup_steps=3 and warmup_fraction=0\.2"):
+        OptimizerConfig(warmup_steps=3, warmup_fraction=0.2)

@@ -131,13 +131,14 @@ def _describe(record: Mapping[str, Any], runs: Mapping[str, str | os.PathLike], 
 
 
 def _commands(record: Mapping[str, Any], runs: Mapping[str, str | os.PathLike]) -> str:
-    """The commands that made the runs, where they are on record, and the one that made the report."""
-    lines = []
+    """The commands that made the runs, where they are on record, and the one that made the report; each once."""
+    names: dict[str, list[str]] = {}
     for name, workdir in runs.items():
         file = Path(workdir) / VERSIONS_FILE
         if file.exists():
-            lines += [f"# {name}", json.loads(file.read_text())["command"]]
-    return "\n".join([*lines, "# evaluation and report", record["command"]])
+            names.setdefault(json.loads(file.read_text())["command"], []).append(name)
+    names.setdefault(record["command"], []).append("evaluation and report")
+    return "\n".join(f"# {', '.join(made)}\n{command}" for command, made in names.items())
 
 
 def _next_steps(rows: Sequence[Row], runs: Mapping[str, str | os.PathLike]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from levattn.attention.spec import AttentionSpec
+from levattn.attention import AttentionSpec, get_method
 from levattn.models.variants import Variant, decode
 
 POOLS = ("cls", "gap", "map")
@@ -105,7 +105,10 @@ class ModelConfig:
         for field in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be in [0, 1)")
-        if self.scan and len(set(attention_specs(self))) > 1:
+        specs = set(attention_specs(self))
+        for spec in specs:
+            get_method(spec.method)  # refuses an unknown name
+        if self.scan and len(specs) > 1:
             raise ValueError("scan=True needs the same attention in all layers: set scan=False for attention_by_layer")
 
     @property

@@ -1,5 +1,6 @@
 """The edge between a person at a terminal and the library: what they got wrong is one message, not a traceback."""
 
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,18 +12,23 @@ from absl import app, flags, logging
 _PACKAGE = Path(__file__).parents[1]
 
 
-def run(main: Callable[[], None]) -> NoReturn:
-    """Parses flags and runs `main`; exits with 2 and a message if the user's input is at fault.
+def run(main: Callable[..., None]) -> NoReturn:
+    """Parses flags and runs `main` with what is left of the command line; exits with 2 and a message if the user's
+    input is at fault.
 
     At fault are flags and config files that cannot be read, files that are missing, and whatever this package itself
     refuses by a ValueError. An error from within another library keeps its traceback.
     """
 
-    def guarded(_: Sequence[str]) -> None:
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            inspect.signature(main).bind(*argv[1:])
+        except TypeError:
+            _refuse(f"these arguments cannot be used: {' '.join(argv[1:])}")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries talk a lot at INFO
         try:
-            main()
+            main(*argv[1:])
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not _raised_by_this_package(error):
                 raise

@@ -35,6 +35,7 @@ class OptimizerConfig:
       momentum_dtype: In which the momentum is stored. bfloat16 halves its memory.
       schedule: Shape of the learning rate after the warm-up.
       warmup_steps: Linear rise from 0.
+      warmup_fraction: The same as a share of the run, whatever its length; at most one of the two.
       cooldown_steps: Linear fall to 0 at the end, on top of the schedule; for "rsqrt" and "constant".
       rsqrt_timescale: Steps after which "rsqrt" has fallen to 1/sqrt(2) of its peak.
       grad_clip_norm: Gradients with a larger global norm are scaled down to it. None: no clipping.
@@ -49,6 +50,7 @@ class OptimizerConfig:
     momentum_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     schedule: Literal["cosine", "rsqrt", "constant", "linear"] = "cosine"
     warmup_steps: int = 0
+    warmup_fraction: float = 0.0
     cooldown_steps: int = 0
     rsqrt_timescale: int = 10_000
     grad_clip_norm: float | None = 1.0
@@ -59,6 +61,9 @@ class OptimizerConfig:
         _require(self, "b1", 0 <= self.b1 < 1, "in [0, 1)")
         _require(self, "b2", 0 <= self.b2 < 1, "in [0, 1)")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
+        _require(self, "warmup_fraction", 0 <= self.warmup_fraction < 1, "in [0, 1)")
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError(f"set one of warmup_steps={self.warmup_steps} and warmup_fraction={self.warmup_fraction}")
         _require(self, "cooldown_steps", self.cooldown_steps >= 0, "at least 0")
         _require(self, "rsqrt_timescale", self.rsqrt_timescale > 0, "positive")
         _require(self, "grad_clip_norm", self.grad_clip_norm is None or self.grad_clip_norm > 0, "positive or None")
@@ -137,7 +142,7 @@ class TrainConfig:
       checkpoint: What is kept.
       seed: Of initialisation, data order, augmentation, MixUp and dropout.
       batch_size: Examples a step, over all devices and microbatches.
-      total_steps: Length of the run; exactly one of this and `total_epochs`.
+      total_steps: Length of the run. Goes before `total_epochs`.
       total_epochs: Length of the run in passes over the training split.
       log_every_steps: Interval of training metrics.
       eval_every_steps: Interval of evaluations. None: only at the end.
@@ -163,8 +168,8 @@ class TrainConfig:
     init_from: str | None = None
 
     def __post_init__(self):
-        if (self.total_steps is None) == (self.total_epochs is None):
-            raise ValueError(f"set one of total_steps={self.total_steps} and total_epochs={self.total_epochs}")
+        if self.total_steps is None and self.total_epochs is None:
+            raise ValueError("total_steps=None and total_epochs=None: set one of them, the length of the run")
         for name in ("batch_size", "total_steps", "total_epochs", "log_every_steps", "eval_every_steps"):
             value = getattr(self, name)
             _require(self, name, value is None or value > 0, "positive")

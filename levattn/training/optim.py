@@ -45,15 +45,14 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     Raises:
       ValueError: The warm-up and cool-down do not fit in the run.
     """
-    if config.warmup_steps + config.cooldown_steps > total_steps:
-        raise ValueError(
-            f"warmup_steps={config.warmup_steps} and cooldown_steps={config.cooldown_steps} must fit in {total_steps=}"
-        )
+    warmup_steps = config.warmup_steps or round(config.warmup_fraction * total_steps)
+    if warmup_steps + config.cooldown_steps > total_steps:
+        raise ValueError(f"{warmup_steps=} and cooldown_steps={config.cooldown_steps} must fit in {total_steps=}")
 
     def schedule_fn(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
-        after_warmup = jnp.maximum(step - config.warmup_steps, 0.0)
-        progress = jnp.minimum(after_warmup / max(1, total_steps - config.warmup_steps), 1.0)
+        after_warmup = jnp.maximum(step - warmup_steps, 0.0)
+        progress = jnp.minimum(after_warmup / max(1, total_steps - warmup_steps), 1.0)
         match config.schedule:
             case "cosine":
                 factor = 0.5 * (1 + jnp.cos(jnp.pi * progress))
@@ -63,8 +62,8 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
                 factor = jax.lax.rsqrt(1 + after_warmup / config.rsqrt_timescale)
             case "constant":
                 factor = jnp.ones(())
-        if config.warmup_steps:
-            factor *= jnp.minimum(step / config.warmup_steps, 1.0)
+        if warmup_steps:
+            factor *= jnp.minimum(step / warmup_steps, 1.0)
         if config.cooldown_steps:
             factor *= jnp.clip((total_steps - step) / config.cooldown_steps, 0.0, 1.0)
         return config.learning_rate * factor

@@ -1,0 +1,89 @@
+"""The README's commands as a person types them, end to end on real images, in processes of their own."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def call(*arguments, check=True):
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert not check or done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.slow
+def test_quickstart_leaves_the_table_the_report_and_the_plots(tmp_path):
+    done = call("-m", "scripts.quickstart", tmp_path, "--epochs", 1)
+    with (tmp_path / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    needed = ["dataset", "model", "tokens", "attention", "k", "trained_with", "accuracy", "examples", "seconds"]
+    assert set(needed) <= set(rows[0])
+    found = [(row["attention"], int(row["k"]), row["trained_with"]) for row in rows]
+    assert found[0] == ("dense", 65, "dense")
+    retrofits = [(m, k, "dense") for m in ("leverage", "row_norm", "random", "kmeans") for k in (8, 16, 32)]
+    assert sorted(found[1:]) == sorted([*retrofits, ("leverage", 16, "leverage k=16")])
+    assert all(int(row["examples"]) == 360 and 0 <= float(row["accuracy"]) <= 1 for row in rows)
+    report = (tmp_path / "report.md").read_text()
+    for figure in ("accuracy.png", "attention.png"):
+        assert f"]({figure})" in report
+        assert 10_000 < (tmp_path / figure).stat().st_size < 200_000
+    assert "trained with" in done.stdout
+
+
+@pytest.mark.slow
+def test_train_resume_and_evaluate_from_the_command_line(tmp_path):
+    training = ["train.py", "--config", "configs/quickstart.py:attention=leverage,k=16", "--workdir", tmp_path / "a"]
+    small = ["--config.model.depth=1", "--config.batch_size=256", "--config.log_every_steps=2"]
+    call(*training, *small, "--config.total_steps=4")
+    again = call(*training, *small, "--config.total_steps=4")
+    assert "step 4" in again.stderr
+    evaluating = ["eval.py", "--checkpoint", tmp_path / "a", "--attention", "dense,leverage,row_norm", "--k", "8,16"]
+    done = call(*evaluating, "--option", "keep_prefix=1", "--out", tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(r["attention"], r["k"]) for r in record["rows"]] == [
+        ("dense", 65),
+        ("leverage", 8),
+        ("leverage", 16),
+        ("row_norm", 8),
+        ("row_norm", 16),
+    ]
+    assert "eval.py" in record["provenance"]["command"]
+    assert "leverage" in done.stdout
+    assert (tmp_path / "out" / "results.md").read_text().count("\n|") >= 6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train.py", "--config", "configs/quickstart.py:attention=leverage,k=99"], "k=99 must be in [1, 65]"),
+        (["train.py", "--config", "configs/quickstart.py:attention=levrage"], "did you mean 'leverage'"),
+        (["train.py", "--config", "configs/quickstart.py", "--config.data.source=folder:/nowhere"], "/nowhere"),
+        (["train.py", "--config", "configs/quickstart.py", "--config.model.variant=mu/3"], "patch size 3"),
+        (["train.py", "--config", "configs/quickstart.py", "--config.model.widht=3"], "did you mean 'model.width'"),
+        (["train.py", "--config", "configs/imagenet.py"], "scripts/prepare_imagenet.py"),
+        (["eval.py", "--checkpoint", "/nowhere"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_readable_line_and_exit_code_two(arguments, message, tmp_path):
+    workdir = ["--workdir", tmp_path / "a"] if arguments[0] == "train.py" else []
+    done = call(*arguments, *workdir, check=False)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_workdir_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = call("train.py", "--config", "configs/quickstart.py", "--workdir", tmp_path / "file" / "a", check=False)
+    assert done.returncode == 2
+    assert str(tmp_path / "file") in done.stderr
+    assert "step" not in done.stderr.split("estimate")[0]

@@ -1,0 +1,77 @@
+"""Every config file builds into a valid run, says how to launch it, and refuses what it does not take."""
+
+import ast
+import importlib
+import pathlib
+
+import pytest
+
+from configs import common
+from levattn.models import attention_specs, patch_grid
+from levattn.training.config import TrainConfig, from_config_dict
+
+FOLDER = pathlib.Path(common.__file__).parent
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
+
+
+def build(name, arg=None):
+    return from_config_dict(TrainConfig, importlib.import_module(f"configs.{name}").get_config(arg))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_builds_for_any_attention_and_size(name):
+    assert all(spec.method == "dense" for spec in attention_specs(build(name).model))
+    spec = build(name, "attention=leverage,k=16,keep_prefix=1,local_window=3x3").model.attention
+    assert (spec.method, spec.k, spec.keep_prefix, spec.local_window) == ("leverage", 16, 1, (3, 3))
+    spec = build(name, "attention=leverage,k=None,eps=0.1").model.attention
+    assert (spec.k, spec.eps) == (None, 0.1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_s_docstring_has_its_command_hardware_and_accuracy(name):
+    docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
+    assert f"python train.py --config configs/{name}.py" in docstring
+    for word in ("Hardware", "all time", "accuracy"):
+        assert word in docstring
+
+
+@pytest.mark.parametrize(
+    "name, arg, size, tokens",
+    [
+        ("quickstart", None, 8, 65),
+        ("quickstart", "source=fashion_mnist", 28, 50),
+        ("fashion_mnist", None, 28, 197),
+        ("fashion_mnist", "patch=1", 28, 785),
+        ("imagenet", "variant=S/16", 224, 197),
+        ("imagenet", "variant=L/16", 224, 197),
+        ("imagenet", "variant=L/8", 224, 785),
+    ],
+)
+def test_token_counts_are_those_of_the_paper(name, arg, size, tokens):
+    model = build(name, arg).model
+    rows, columns = patch_grid(model, (size, size, 3))
+    assert rows * columns + model.num_prefix_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    "arg, message",
+    [
+        ("attenton=dense", "did you mean 'attention'"),
+        ("k=many", "k='many' must be of type int"),
+        ("centre=2", "centre='2' must be of type bool"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(arg, message):
+    with pytest.raises(ValueError, match=message):
+        build("quickstart", arg)
+
+
+def test_an_unknown_method_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'leverage'"):
+        build("quickstart", "attention=levrage")
+
+
+def test_arguments_are_read_as_the_types_of_their_defaults():
+    arg = common.parse_arg("a=3,b=2,c,d=3x5,e=text,f=0.5", a=1, b=1.0, c=False, d=None, e="", f=None, g=7)
+    assert (arg.a, arg.b, arg.c, arg.d, arg.e, arg.f, arg.g) == (3, 2.0, True, (3, 5), "text", 0.5, 7)
+    assert isinstance(arg.b, float)

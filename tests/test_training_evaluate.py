@@ -1,0 +1,133 @@
+"""Evaluation under any attention counts every example once and says what a plain loop over the data would say."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from levattn.attention import METHODS, AttentionSpec
+from levattn.data import normalize, open_source
+from levattn.models import ViT
+from levattn.training.checkpoint import Checkpointer
+from levattn.training.config import TrainConfig, from_config_dict, to_dict
+from levattn.training.evaluate import describe, evaluate_attention, expand, load_trained
+from levattn.training.export import export_params
+from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
+from levattn.training.loop import train
+
+CONFIG = from_config_dict(
+    TrainConfig,
+    {
+        "data": {"source": "digits"},
+        "model": {
+            "variant": "mu/2",
+            "depth": 2,
+            "num_classes": 10,
+            "pool": "cls",
+            "attention": {"method": "leverage", "k": 8},
+        },
+        "optimizer": {"learning_rate": 1e-2},
+        "batch_size": 64,
+        "total_steps": 60,
+        "ema_decay": 0.9,
+        "checkpoint": {"every_steps": 30, "keep_last": 2},
+    },
+)
+TOKENS = 17
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    train(CONFIG, workdir)
+    return workdir
+
+
+def test_rows_equal_a_plain_loop_whatever_the_batch_size(workdir):
+    config, params = load_trained(workdir)
+    assert config == CONFIG
+    source = open_source(config.data, "test")
+    images = np.stack([source[i]["image"] for i in range(len(source))])
+    labels = np.array([source[i]["label"] for i in range(len(source))])
+    specs = [AttentionSpec("dense"), AttentionSpec("leverage", k=5), AttentionSpec("kmeans", k=5, keep_prefix=1)]
+    for batch_size in (360, 104):  # 360 = 3 x 104 + 48: the last batch is partial
+        rows = evaluate_attention(config, params, specs, batch_size=batch_size)
+        for row, spec in zip(rows, specs, strict=True):
+            model = ViT(dataclasses.replace(config.model, attention=spec))
+            logits = np.asarray(jax.jit(model.apply)({"params": params}, normalize(jnp.asarray(images), config.data)))
+            # Blank patches have equal keys, so which of them is kept hangs on the last bit: two images may differ.
+            exact = spec.method == "dense"
+            tolerance = {"abs": 1e-9 if exact else 2 / 360}
+            assert row["accuracy"] == pytest.approx(float(np.mean(np.argmax(logits, -1) == labels)), **tolerance)
+            in_top5 = np.argsort(-logits, axis=-1)[:, :5] == labels[:, None]
+            assert row["top5"] == pytest.approx(float(np.mean(in_top5.any(-1))), **tolerance)
+            loss = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(labels)), labels].mean()
+            assert row["loss"] == pytest.approx(float(loss), rel=1e-4 if exact else 1e-2)
+            assert row["examples"] == 360
+            assert row["seconds"] > 0
+            assert (row["attention"], row["k"]) == (spec.method, TOKENS if spec.method == "dense" else spec.k)
+            assert (row["dataset"], row["tokens"], row["trained_with"]) == ("digits", TOKENS, "leverage k=8")
+
+
+def test_without_specs_the_model_is_evaluated_as_it_was_trained(workdir):
+    config, params = load_trained(workdir)
+    (row,) = evaluate_attention(config, params)
+    (same,) = evaluate_attention(config, params, [config.model.attention])
+    assert row["accuracy"] == same["accuracy"]
+    assert (row["attention"], row["k"]) == ("leverage", 8)
+
+
+def test_every_method_that_keeps_every_key_agrees_with_dense(workdir):
+    config, params = load_trained(workdir)
+    rows = evaluate_attention(config, params, list(expand(AttentionSpec(), list(METHODS), [TOKENS])))
+    assert {row["attention"] for row in rows} == set(METHODS)
+    assert len({row["accuracy"] for row in rows}) == 1
+
+
+def test_a_run_that_is_not_finished_is_read_from_its_checkpoint(workdir, tmp_path):
+    """Without the export, the average of the best checkpoint is what counts; it equals the export of a finished run."""
+    unfinished = tmp_path / "unfinished"
+    (unfinished / CHECKPOINT_FOLDER).parent.mkdir()
+    (unfinished / CHECKPOINT_FOLDER).symlink_to(workdir / CHECKPOINT_FOLDER)
+    (unfinished / "config.json").write_text((workdir / "config.json").read_text())
+    with Checkpointer(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpointer:
+        assert checkpointer.best_step() == 60
+    config, params = load_trained(unfinished)
+    assert config == CONFIG
+    jax.tree.map(np.testing.assert_array_equal, params, load_trained(workdir / EXPORT_FILE)[1])
+
+
+def test_what_is_no_run_is_refused_by_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_trained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_trained(tmp_path)
+    export_params(tmp_path / "bare.npz", {"head": {"bias": np.zeros(3)}}, {})
+    with pytest.raises(ValueError, match="no config"):
+        load_trained(tmp_path / "bare.npz")
+
+
+def test_classes_and_k_that_do_not_fit_are_refused(workdir):
+    config, params = load_trained(workdir)
+    other = open_source(dataclasses.replace(config.data, source="fake:num_classes=7,size=8,examples=16"), "test")
+    with pytest.raises(ValueError, match=r"7 classes.*10"):
+        evaluate_attention(config, params, source=other)
+    with pytest.raises(ValueError, match=r"k=18 must be in \[1, 17\]"):
+        evaluate_attention(config, params, [AttentionSpec("leverage", k=18)])
+
+
+def test_combinations_are_every_method_with_every_k_and_dense_once():
+    base = AttentionSpec(keep_prefix=1)
+    specs = list(expand(base, ["dense", "leverage", "random"], [8, 16]))
+    named = [describe(spec) for spec in specs]
+    assert named == ["dense", "leverage k=8", "leverage k=16", "random k=8", "random k=16"]
+    assert all(spec.keep_prefix == 1 for spec in specs)
+    with pytest.raises(ValueError, match="did you mean 'leverage'"):
+        list(expand(base, ["levrage"], [8]))
+
+
+def test_the_config_of_a_run_survives_the_round_trip(workdir):
+    config, _ = load_trained(workdir)
+    assert from_config_dict(TrainConfig, to_dict(config)) == config
