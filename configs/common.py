@@ -55,7 +55,10 @@ def _convert(name: str, text: str, default: Any) -> Any:
 def new_config(arg: ConfigDict) -> ConfigDict:
     """A config with a section for every part of `TrainConfig`, its attention filled in from the parsed argument."""
     config = sections(TrainConfig)
-    config.model.attention = ConfigDict(
-        {name: arg[name] for name in ATTENTION if name != "attention"} | {"method": arg.attention}
-    )
+    config.model.attention = attention(arg)
     return config
+
+
+def attention(arg: ConfigDict) -> ConfigDict:
+    """The attention of a parsed argument, under the names of `AttentionSpec`."""
+    return ConfigDict({name: arg[name] for name in ATTENTION if name != "attention"} | {"method": arg.attention})

@@ -18,7 +18,7 @@ def build(name, arg=None):
     return from_config_dict(TrainConfig, importlib.import_module(f"configs.{name}").get_config(arg))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "retrofit"])  # that one starts from a checkpoint
 def test_a_config_builds_for_any_attention_and_size(name):
     assert all(spec.method == "dense" for spec in attention_specs(build(name).model))
     spec = build(name, "attention=leverage,k=16,keep_prefix=1,local_window=3x3").model.attention
@@ -64,6 +64,11 @@ def test_token_counts_are_those_of_the_paper(name, arg, size, tokens):
 def test_arguments_that_cannot_be_used_are_named(arg, message):
     with pytest.raises(ValueError, match=message):
         build("quickstart", arg)
+
+
+def test_a_retrofit_without_a_checkpoint_says_what_it_needs():
+    with pytest.raises(ValueError, match="init_from=WORKDIR"):
+        build("retrofit")
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import retrofit
 from levattn.attention import METHODS, AttentionSpec
 from levattn.data import normalize, open_source
 from levattn.models import ViT
@@ -126,6 +127,17 @@ def test_combinations_are_every_method_with_every_k_and_dense_once():
     assert all(spec.keep_prefix == 1 for spec in specs)
     with pytest.raises(ValueError, match="did you mean 'leverage'"):
         list(expand(base, ["levrage"], [8]))
+
+
+def test_the_retrofit_config_goes_on_from_a_run_with_other_attention(workdir, tmp_path):
+    config = from_config_dict(TrainConfig, retrofit.get_config(f"init_from={workdir},attention=kmeans,k=4,epochs=0.1"))
+    trained, params = load_trained(workdir)
+    assert config.model == dataclasses.replace(trained.model, attention=AttentionSpec("kmeans", k=4))
+    assert config.data == trained.data
+    train(config, tmp_path)
+    adapted = load_trained(tmp_path)[1]
+    moved = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), adapted, params)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1  # it started there, and went on
 
 
 def test_the_config_of_a_run_survives_the_round_trip(workdir):

@@ -87,6 +87,10 @@ def train(
             progress.log("  ".join([f"eval {step}/{run.total_steps}", *(f"{k} {v:.4g}" for k, v in metrics.items())]))
             return metrics
 
+        def save(step: int, metrics: dict[str, float] | None) -> None:
+            position = {"examples_seen": step * config.batch_size, "config": to_dict(config)}
+            checkpointer.save(step, state, metrics, extra=position)
+
         shown = {}
         in_flight = collections.deque()
         for step in range(start_step + 1, run.total_steps + 1):
@@ -105,11 +109,11 @@ def train(
                 break  # evaluated and saved below, as is a run that has no step left to take
             evaluated = evaluate_now(step) if _is_due(step, config.eval_every_steps) else None
             if _is_due(step, kept.every_steps) or (evaluated and kept.keep_best):
-                checkpointer.save(step, state, evaluated, extra={})
+                save(step, evaluated)
 
         evaluated = evaluate_now(run.total_steps)
         if checkpointer.latest_step() != run.total_steps:
-            checkpointer.save(run.total_steps, state, evaluated, extra={})
+            save(run.total_steps, evaluated)
         export_params(workdir / EXPORT_FILE, state.eval_params, to_dict(config))
     return {name: float(value) for name, value in (_prefixed("train", shown) | _prefixed("eval", evaluated)).items()}
 
