@@ -1,5 +1,8 @@
 # To be sourced from the repository's root: `install FILE` puts requirements and this package, editable, into .venv.
 
+# XLA takes fresh memory for every step on CPU. In huge pages that is a third faster; elsewhere it changes nothing.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 install() {
   if [ ! -x .venv/bin/python ]; then
     "${PYTHON:-python3}" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {

@@ -100,6 +100,16 @@ def test_a_run_that_is_not_finished_is_read_from_its_checkpoint(workdir, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, params, load_trained(workdir / EXPORT_FILE)[1])
 
 
+def test_of_several_checkpoints_the_best_is_read(workdir, tmp_path):
+    _, params = load_trained(workdir)
+    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
+    with Checkpointer(tmp_path / CHECKPOINT_FOLDER, keep_last=1, keep_best=1, best_metric="top1") as checkpointer:
+        for step, top1 in ((1, 0.9), (2, 0.5)):
+            state = {"ema_params": jax.tree.map(lambda x, step=step: jnp.asarray(x * step), params)}
+            checkpointer.save(step, state, {"top1": top1}, extra={})
+    jax.tree.map(np.testing.assert_array_equal, load_trained(tmp_path)[1], params)
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         load_trained(tmp_path / "nowhere")

@@ -16,7 +16,7 @@ from levattn.attention import AttentionSpec, get_method
 from levattn.data import Source, eval_batches, open_source, output_shape
 from levattn.models import ModelConfig, ViT, attention_specs, patch_grid
 from levattn.training.checkpoint import Checkpointer
-from levattn.training.config import TrainConfig, from_config_dict
+from levattn.training.config import MeshConfig, TrainConfig, from_config_dict
 from levattn.training.export import load_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.sharding import make_mesh, put_batch, replicated
@@ -58,7 +58,8 @@ def _load_checkpoint(workdir: Path) -> tuple[TrainConfig, PyTree]:
     name = "params" if config.ema_decay is None else "ema_params"
     source = open_source(config.data, config.data.eval_split)
     template = _params_template(config.model, output_shape(source, config.data))
-    with Checkpointer(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpointer:
+    best_metric = config.checkpoint.metric
+    with Checkpointer(workdir / CHECKPOINT_FOLDER, best_metric=best_metric, read_only=True) as checkpointer:
         best = checkpointer.best_step()
         step = checkpointer.latest_step() if best is None else best
         if step is None:
@@ -138,7 +139,7 @@ def evaluate_attention(
         if spec.method != "dense" and spec.k is not None and spec.k > num_tokens:
             raise ValueError(f"k={spec.k} must be in [1, {num_tokens}]: the model sees {num_tokens} tokens")
 
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(MeshConfig())  # all devices there are: the run may have had others
     params = jax.device_put(params, replicated(mesh))
     steps = [make_eval_step(dataclasses.replace(config, model=model), ViT(model), mesh) for model in models]
     totals = [collections.Counter() for _ in models]
