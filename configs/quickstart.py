@@ -19,6 +19,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.batch_size = 64 if digits else 256
     config.total_epochs = 45.0 if digits else 3.0
     config.log_every_steps = 100
+    config.checkpoint.every_steps = 200
     config.data.source = arg.source
     config.data.crop = "pad"
     config.data.crop_padding = 1 if digits else 2

@@ -23,13 +23,14 @@ from levattn.training.loop import train
 EPOCHS = flags.DEFINE_float("epochs", None, "Length of both trainings. None: that of the config.")
 DATASET = flags.DEFINE_enum("dataset", "digits", ["digits", "fashion_mnist"], "What to train on.")
 
+DEFAULT_WORKDIRS = {"digits": "runs/quickstart", "fashion_mnist": "runs/quickstart_fashion_mnist"}
 RETROFITTED = ("leverage", "row_norm", "random", "kmeans")
 SIZES = (8, 16, 32)
 FROM_SCRATCH = {"dense": "attention=dense", "leverage_k16": "attention=leverage,k=16"}
 
 
-def main(workdir: str = "runs/quickstart") -> None:
-    workdir = Path(workdir)
+def main(workdir: str | None = None) -> None:
+    workdir = Path(workdir or DEFAULT_WORKDIRS[DATASET.value])
     runs = {name: workdir / name for name in FROM_SCRATCH}
     for name, attention in FROM_SCRATCH.items():
         print(f"\ntraining {name} on {DATASET.value}", flush=True)

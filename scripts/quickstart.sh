@@ -3,7 +3,7 @@
 #   scripts/quickstart.sh [WORKDIR] [--dataset digits|fashion_mnist] [--epochs N]
 # Makes .venv if there is none; PYTHON chooses the interpreter (3.11 to 3.13).
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. scripts/environment.sh
-install requirements.txt
-exec .venv/bin/python -m scripts.quickstart "$@"
+root=$(cd "$(dirname "$0")/.." && pwd)
+. "$root/scripts/environment.sh"
+(cd "$root" && install requirements.txt)
+PYTHONPATH=$root exec "$root/.venv/bin/python" -m scripts.quickstart "$@"

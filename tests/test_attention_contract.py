@@ -78,10 +78,11 @@ def test_a_token_mask_equals_leaving_the_tokens_out(method):
     mask = np.ones((BATCH, TOKENS), bool)
     mask[:, -7:] = False
     spec = AttentionSpec(method, k=KEPT)
-    # NaN in the padding would show if it were looked at; multiplied by a zero weight it would still spread.
-    out = lev_attention(query, key.at[:, -7:].set(1e4), value.at[:, -7:].set(1e4), spec, mask=jnp.asarray(mask))
+    # NaN in the padding shows if it is looked at, or only multiplied by a weight of zero.
+    padded_key, padded_value = (x.at[:, -7:].set(jnp.nan) for x in (key, value))
+    out = lev_attention(query, padded_key, padded_value, spec, mask=jnp.asarray(mask))
     if method == "random":  # draws by shape: only that nothing masked is seen can be asked
-        assert np.all(np.abs(out) < 100)
+        assert np.all(np.isfinite(out))
         return
     # The oracle ranks by what all queries see, the others by keys alone.
     short_query = query if method == "oracle" else query[:, :-7]
@@ -92,6 +93,7 @@ def test_a_token_mask_equals_leaving_the_tokens_out(method):
 def test_fewer_tokens_than_k_are_all_kept_and_none_besides(method):
     query, key, value = _inputs()
     mask = jnp.arange(TOKENS)[None] < jnp.array([3, 0])[:, None]
+    key, value = (jnp.where(mask[:, :, None, None], x, jnp.nan) for x in (key, value))
     coreset = _coreset(query, key, value, AttentionSpec(method, k=KEPT), mask)
     np.testing.assert_array_equal(jnp.sum(coreset.valid, axis=-1), [[3] * HEADS, [0] * HEADS])
     out = attend(query, coreset)
@@ -109,6 +111,13 @@ def test_leading_tokens_are_always_kept_when_asked(method):
     assert np.all(np.any(kept == 0, axis=-1))
     assert np.all(np.any(kept == 1, axis=-1))
     assert kept.shape[-1] == KEPT
+
+
+def test_more_leading_tokens_than_there_are_is_refused(method):
+    if method == "dense":
+        pytest.skip("dense keeps every key, whatever keep_prefix")
+    with pytest.raises(ValueError, match="keep_prefix=30"):
+        lev_attention(*_inputs(), AttentionSpec(method, k=None, eps=0.1, keep_prefix=30))
 
 
 @pytest.mark.parametrize("method", SELECTING)

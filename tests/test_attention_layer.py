@@ -87,6 +87,17 @@ def test_compute_type_is_the_layer_s_and_parameters_stay_float32():
     np.testing.assert_allclose(out.astype(jnp.float32), in_float32, atol=0.05)
 
 
+def test_attention_dropout_is_refused_rather_than_ignored():
+    x = _x()
+    layer = nn.MultiHeadDotProductAttention(
+        num_heads=4, dropout_rate=0.5, attention_fn=LevAttention(AttentionSpec("leverage", k=5))
+    )
+    variables = layer.init(jax.random.key(0), x, deterministic=True)
+    layer.apply(variables, x, deterministic=True)
+    with pytest.raises(ValueError, match=r"dropout_rate=0\.5"):
+        layer.apply(variables, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
+
+
 def test_a_typo_in_the_method_is_refused_when_the_layer_is_made():
     with pytest.raises(ValueError, match="leverage"):
         LevAttention(AttentionSpec("leverge"))

@@ -43,7 +43,8 @@ def test_output_is_softmax_over_the_union_of_coreset_and_window(window, prefix, 
     mask = jnp.ones((2, tokens), bool).at[1, -6:].set(False)
     spec = AttentionSpec(method, k=5, keep_prefix=prefix, local_window=window)
     run = jax.jit(functools.partial(lev_attention, spec=spec, grid=GRID))
-    out = run(query, key, value, mask=mask)
+    padded = [jnp.where(mask[:, :, None, None], x, jnp.nan) for x in (key, value)]
+    out = run(query, *padded, mask=mask)
     coreset = get_method(method)(query, key, value, spec=spec, mask=mask)
     for b in range(2):
         for h in range(HEADS):

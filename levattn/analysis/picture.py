@@ -74,7 +74,7 @@ def view_layer(
     keys, probabilities = sown["keys"], dense_probabilities(sown["queries"], sown["keys"])
     reads_class_token = model_config.pool == "cls"
     view = LayerView(
-        scores=leverage_scores(keys, route=spec.score_route, centre=spec.centre, ridge=spec.ridge),
+        scores=leverage_scores(keys, method=spec.score_method, centre=spec.centre, ridge=spec.ridge),
         kept=is_selected(sown["indices"], sown["valid"], keys.shape[1]),
         attention=probabilities[:, :, 0] if reads_class_token else jnp.mean(probabilities, axis=2),
     )

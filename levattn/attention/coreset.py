@@ -44,16 +44,22 @@ def gather(
       valid: Which of the kept slots count.
 
     Returns:
-      A coreset of unweighted keys. Cost: B K H D numbers moved, twice.
+      A coreset of unweighted keys; slots that do not count hold zeros, whatever (NaN, say) stood there. Cost: B K H D
+      numbers moved, twice.
     """
-    along = jnp.swapaxes(indices, 1, 2)[..., None]
+    along, kept = (jnp.swapaxes(x, 1, 2)[..., None] for x in (indices, valid))
     return Coreset(
-        keys=jnp.take_along_axis(key, along, axis=1),
-        values=jnp.take_along_axis(value, along, axis=1),
+        keys=jnp.where(kept, jnp.take_along_axis(key, along, axis=1), 0),
+        values=jnp.where(kept, jnp.take_along_axis(value, along, axis=1), 0),
         log_weights=jnp.zeros(indices.shape, jnp.float32),
         indices=indices,
         valid=valid,
     )
+
+
+def zero_masked(mask: Bool[Array, "B S"] | None, *arrays: Float[Array, "B S H D"]) -> tuple[Array, ...]:
+    """The arrays with zeros for the tokens that do not exist: a NaN there, times a weight of zero, would stay NaN."""
+    return arrays if mask is None else tuple(jnp.where(mask[:, :, None, None], x, 0) for x in arrays)
 
 
 def attend(query: Float[Array, "B T H D"], coreset: Coreset) -> Float[Array, "B T H D"]:

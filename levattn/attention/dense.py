@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from levattn.attention.coreset import Coreset
+from levattn.attention.coreset import Coreset, zero_masked
 
 
 def dense(query, key, value, *, spec=None, mask=None, rng=None) -> Coreset:
@@ -14,6 +14,7 @@ def dense(query, key, value, *, spec=None, mask=None, rng=None) -> Coreset:
     shape = (batch, heads, num_keys)
     indices = jnp.broadcast_to(jnp.arange(num_keys), shape)
     valid = jnp.broadcast_to(True if mask is None else mask[:, None], shape)
+    key, value = zero_masked(mask, key, value)
     return Coreset(key, value, jnp.zeros(shape, jnp.float32), indices, valid)
 
 
@@ -42,6 +43,7 @@ def attend_dense(
         return _attend_cudnn(query, key, value)
     if mask is None:
         return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+    key, value = zero_masked(mask, key, value)
     out = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :], implementation="xla")
     return jnp.where(jnp.any(mask, axis=1)[:, None, None, None], out, 0)
 

@@ -87,8 +87,12 @@ class LevAttention:
         value: Float[Array, "B S H D"],
         mask: Shaped[Array, "..."] | None = None,
         module: nn.Module | None = None,
+        dropout_rate: float = 0.0,
+        deterministic: bool = False,
     ) -> Float[Array, "B T H D"]:
-        """Args are Flax's; a mask may hide keys (`B 1 1 S`), not single pairs of query and key."""
+        """Args are Flax's; a mask may hide keys (`B 1 1 S`), not single pairs of query and key; there is no dropout."""
+        if dropout_rate and not deterministic:
+            raise ValueError(f"{dropout_rate=} must be 0: attention weights over selected keys are not dropped")
         if mask is not None:
             if mask.ndim != 4 or mask.shape[1:3] != (1, 1):
                 raise ValueError(f"{mask.shape=} must be (batch, 1, 1, keys): a token mask, the same for all queries")

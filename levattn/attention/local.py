@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from levattn.attention.coreset import Coreset
+from levattn.attention.coreset import Coreset, zero_masked
 from levattn.attention.select import is_selected
 from levattn.attention.spec import AttentionSpec
 
@@ -71,6 +71,7 @@ def attend_with_window(
         raise ValueError(f"local_window={spec.local_window} needs one key per query: {query.shape=}, {key.shape=}")
     neighbours = window_neighbours(num_tokens, spec.local_window, spec.keep_prefix, grid)
     exists = jnp.ones(key.shape[:2], bool) if mask is None else mask
+    key, value = zero_masked(mask, key, value)
     # A window key that the coreset holds already would be counted twice.
     free = exists[:, None] & ~is_selected(coreset.indices, coreset.valid, num_tokens)
     scale = query.shape[-1] ** -0.5

@@ -21,7 +21,7 @@ def leverage(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
     """
     del query, rng
     frozen = jax.lax.stop_gradient(key)
-    scores = leverage_scores(frozen, mask=mask, route=spec.score_route, centre=spec.centre, ridge=spec.ridge)
+    scores = leverage_scores(frozen, mask=mask, method=spec.score_method, centre=spec.centre, ridge=spec.ridge)
     return select_by_score(key, value, scores, spec, mask)
 
 

@@ -20,8 +20,10 @@ def num_kept(spec: AttentionSpec, num_keys: int, head_dim: int) -> int:
       head_dim: Head width, D.
 
     Raises:
-      ValueError: If k exceeds the number of keys.
+      ValueError: If k, or the always-kept keys, exceed the number of keys.
     """
+    if spec.keep_prefix > num_keys:
+        raise ValueError(f"keep_prefix={spec.keep_prefix} must not exceed the {num_keys} tokens of the sequence")
     if spec.k is None:
         return min(num_keys, int(head_dim / spec.eps) + spec.keep_prefix)
     if spec.k > num_keys:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-ScoreRoute = Literal["auto", "gram", "svd"]
+ScoreMethod = Literal["auto", "gram", "svd"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class AttentionSpec:
       local_window: Tokens around each query that it also attends to. An int w is a 1-D window of w tokens (odd)
         over the sequence; a pair (h, w) is a window on the patch grid, behind the `keep_prefix`
         leading tokens. None: no local tokens.
-      score_route: How leverage scores are computed, see `levattn.core.leverage.leverage_scores`.
+      score_method: How leverage scores are computed, see `levattn.core.leverage.leverage_scores`.
       centre: Take scores (and distances) of mean-centred keys. Softmax does not see a shift of all keys.
       ridge: Ridge of the leverage scores, relative to the mean squared singular value of the keys.
       num_iters: Lloyd iterations of the k-means method.
@@ -35,7 +35,7 @@ class AttentionSpec:
     eps: float | None = None
     keep_prefix: int = 0
     local_window: int | tuple[int, int] | None = None
-    score_route: ScoreRoute = "gram"
+    score_method: ScoreMethod = "gram"
     centre: bool = False
     ridge: float = 0.0
     num_iters: int = 4
@@ -56,8 +56,8 @@ class AttentionSpec:
         sides = () if window is None else (window,) if isinstance(window, int) else window
         if any(side < 1 or side % 2 == 0 for side in sides) or len(sides) > 2:
             raise ValueError(f"local_window={window} must be an odd number of tokens or a pair of odd numbers")
-        if self.score_route not in ("auto", "gram", "svd"):
-            raise ValueError(f"score_route={self.score_route!r} must be 'auto', 'gram' or 'svd'")
+        if self.score_method not in ("auto", "gram", "svd"):
+            raise ValueError(f"score_method={self.score_method!r} must be 'auto', 'gram' or 'svd'")
         if self.ridge < 0:
             raise ValueError(f"ridge={self.ridge} must not be negative")
         if self.num_iters < 0:

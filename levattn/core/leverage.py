@@ -11,24 +11,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Route = Literal["auto", "gram", "svd"]
+ScoreMethod = Literal["auto", "gram", "svd"]
 
-# Smallest pivot of the scaled Gram matrix that `auto` accepts: above it, scores by the Gram route have been seen to
-# agree with float64 to 1e-3.
-_SAFE_PIVOT = 1e-2
+# Smallest pivot of the scaled Gram matrix that `auto` accepts. The shift of `_gram_scores` is a thousandth of it.
+_SAFE_PIVOT = 5e-2
 
 
 def leverage_scores(
     keys: Float[Array, "B S H D"] | Float[Array, "S D"],
     *,
     mask: Bool[Array, "B S"] | Bool[Array, " S"] | None = None,
-    route: Route = "auto",
+    method: ScoreMethod = "auto",
     centre: bool = False,
     ridge: float = 0.0,
 ) -> Float[Array, "B H S"] | Float[Array, " S"]:
     """Leverage score of every key within its head.
 
-    Routes:
+    Methods:
       gram: Gram matrix, Cholesky factor, one triangular inverse: matmuls and D x D work only, S D^2 operations. It
         squares the condition number: a direction whose singular value is under about 8e-3 of the root mean square,
         columns scaled to equal norms, is damped. Exact rank deficiency, zero keys and S < D are fine. What the
@@ -39,9 +38,10 @@ def leverage_scores(
         bad head sends the whole batch to svd; under `vmap` both are computed.
 
     Args:
-      keys: Keys, as one matrix or as batch, tokens, heads, width. Any float dtype; accumulation is in float32.
+      keys: Keys, as one matrix or as batch, tokens, heads, width. Any float dtype; accumulation is in float32, so that
+        entries must be 0 or of a magnitude between 1e-15 and 1e15.
       mask: True for the tokens that exist. The others count as zero keys: they score 0 and move no other score.
-      route: See above.
+      method: See above.
       centre: Score the keys less their mean over the tokens. Softmax does not see a shift common to all keys.
       ridge: Ridge regularisation, relative to the mean squared singular value of K; 1.0 damps the mean direction by
         half.
@@ -50,15 +50,15 @@ def leverage_scores(
       Float32 scores.
 
     Raises:
-      ValueError: For another rank of `keys`, an unknown route or a negative ridge.
+      ValueError: For another rank of `keys`, an unknown method or a negative ridge.
     """
-    if route not in ("auto", "gram", "svd"):
-        raise ValueError(f"{route=} must be 'auto', 'gram' or 'svd'")
+    if method not in ("auto", "gram", "svd"):
+        raise ValueError(f"{method=} must be 'auto', 'gram' or 'svd'")
     if ridge < 0:
         raise ValueError(f"{ridge=} must not be negative")
     if keys.ndim == 2:
         mask = None if mask is None else mask[None]
-        return leverage_scores(keys[None, :, None], mask=mask, route=route, centre=centre, ridge=ridge)[0, 0]
+        return leverage_scores(keys[None, :, None], mask=mask, method=method, centre=centre, ridge=ridge)[0, 0]
     if keys.ndim != 4:
         raise ValueError(f"{keys.shape=} must be (tokens, width) or (batch, tokens, heads, width)")
 
@@ -68,13 +68,13 @@ def leverage_scores(
         keys = centre_keys(keys, mask)
     num_keys, head_dim = keys.shape[1], keys.shape[3]
     if ridge:
-        # The ridge is D more keys, sqrt(ridge) times the axes: every route then treats it alike.
+        # The ridge is D more keys, sqrt(ridge) times the axes: every method then treats it alike.
         keys = jnp.concatenate([keys.astype(jnp.float32), _ridge_keys(keys, ridge)], axis=1)
-    if route == "svd" or (route == "auto" and num_keys < head_dim and not ridge):
+    if method == "svd" or (method == "auto" and num_keys < head_dim and not ridge):
         scores = _svd_scores(keys)
     else:
         scores, smallest_pivot = _gram_scores(keys)
-        if route == "auto":
+        if method == "auto":
             is_safe = jnp.all(smallest_pivot > _SAFE_PIVOT)  # False for NaN
             scores = jax.lax.cond(is_safe, lambda: scores, partial(_svd_scores, keys))
     scores = scores[..., :num_keys]
