@@ -4,7 +4,7 @@ import os
 import sys
 import tempfile
 
-# Before anything imports JAX. Programs compile once for all test processes of this machine and user.
+# Before anything imports JAX. Programs compile once for all test processes of a user.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The time of these tests is the compiler's: a third of it without its optimisations.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
