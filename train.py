@@ -25,6 +25,15 @@ PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, f
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+@flags.multi_flags_validator(
+    ["distributed", "coordinator_address", "num_processes", "process_id"],
+    message="--num_processes and --process_id need --coordinator_address=HOST:PORT of process 0, or --distributed",
+)
+def _processes_can_meet(values: dict) -> bool:
+    alone = values["num_processes"] is None and values["process_id"] is None
+    return alone or values["distributed"] or values["coordinator_address"] is not None
+
+
 def main() -> None:
     config = from_config_dict(TrainConfig, CONFIG.value)
     if DISTRIBUTED.value or COORDINATOR.value:

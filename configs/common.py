@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from levattn.training.config import TrainConfig, sections
 
-ATTENTION = {"attention": "dense", "k": 32, "eps": None, "keep_prefix": 0, "local_window": None, "centre": False}
+# k=None stands for 32, or with eps for its bound head_dim / eps.
+ATTENTION = {"attention": "dense", "k": None, "eps": None, "keep_prefix": 0, "local_window": None, "centre": False}
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
@@ -16,7 +17,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
 
     Args:
       arg: Such as "k=32,attention=leverage"; None or "" for the defaults. A name alone stands for `name=True`. Where
-        the default is None, numbers are read as numbers, "None" as None, "3x5" as (3, 5), and the rest as text.
+        the default is None, numbers are read as numbers, "None" as None, and the rest as text.
       **defaults: Every name that may be given.
 
     Raises:
@@ -28,23 +29,28 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"the config takes no argument {name!r}{hint} It takes {', '.join(defaults)}")
+            raise ValueError(
+                f"the config takes no argument {name!r}{hint}. It takes {', '.join(defaults)}; a value with a comma in "
+                f"it is set by the name of its field, such as --config.data.source='fake:num_classes=10,size=8'"
+            )
         values[name] = _convert(name, text if has_value else "True", defaults[name])
     return ConfigDict(values, convert_dict=False)
+
+
+def read_literal(text: str) -> Any:
+    """The value of a Python literal, and any other text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _convert(name: str, text: str, default: Any) -> Any:
     if isinstance(default, str):
         return text
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    parts = text.split("x")
-    if value is None:  # whether the field may be None is known where the config is validated
-        return None
-    if default is None:
-        return tuple(map(int, parts)) if len(parts) == 2 and all(p.isdigit() for p in parts) else value
+    value = read_literal(text)
+    if value is None or default is None:  # what the field may be is known where the config is validated
+        return value
     if isinstance(default, float) and isinstance(value, int):
         value = float(value)
     if type(value) is not type(default):
@@ -55,10 +61,13 @@ def _convert(name: str, text: str, default: Any) -> Any:
 def new_config(arg: ConfigDict) -> ConfigDict:
     """A config with a section for every part of `TrainConfig`, its attention filled in from the parsed argument."""
     config = sections(TrainConfig)
-    config.model.attention = attention(arg)
+    config.model.attention.update(attention(arg))
     return config
 
 
 def attention(arg: ConfigDict) -> ConfigDict:
     """The attention of a parsed argument, under the names of `AttentionSpec`."""
-    return ConfigDict({name: arg[name] for name in ATTENTION if name != "attention"} | {"method": arg.attention})
+    fields = {name: arg[name] for name in ATTENTION if name != "attention"} | {"method": arg.attention}
+    if arg.k is None and arg.eps is None:
+        fields["k"] = 32
+    return ConfigDict(fields)

@@ -14,7 +14,7 @@ Hardware: as for the checkpoint's own training.  Wall time and accuracy: unmeasu
 from ml_collections import ConfigDict
 
 from configs import common
-from levattn.training.config import to_dict
+from levattn.training.config import TrainConfig, sections, to_dict
 from levattn.training.evaluate import load_trained
 
 
@@ -23,11 +23,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if not arg.init_from:
         raise ValueError("init_from is needed: configs/retrofit.py:init_from=WORKDIR of the run to start from")
     trained, _ = load_trained(arg.init_from)
-    config = ConfigDict(to_dict(trained))
-    config.model.attention = common.attention(arg)
+    config = sections(TrainConfig)
+    config.update(to_dict(trained))
+    config.model.attention.update(common.attention(arg))
     config.model.attention_by_layer = ()
     config.init_from = arg.init_from
     config.total_steps = None
     config.total_epochs = arg.epochs
     config.optimizer.learning_rate = trained.optimizer.learning_rate / 10
+    config.optimizer.warmup_steps = config.optimizer.cooldown_steps = 0  # those of a longer run
+    config.optimizer.warmup_fraction = 0.1
     return config

@@ -6,7 +6,7 @@ import pytest
 from test_analysis_results import row
 
 from levattn.analysis import findings, markdown_table, tidy_rows, write_report
-from levattn.training.workdir import prepare_workdir
+from levattn.training.workdir import prepare_workdir, record_run
 
 RECORD = {
     "command": "python scripts/run.py --seed=7",
@@ -33,6 +33,10 @@ def numbers(text):
 
 def test_every_number_of_the_report_is_in_the_rows_or_on_record(tmp_path):
     text = write_report(tmp_path, ROWS, title="Comparison", record=RECORD).read_text()
+    text, advice = text.split("## What to try next")
+    assert "--option local_window=3x3`, and in a model with a class token `--option keep_prefix=1`" in advice
+    for field in ("data.source", "model.num_classes", "data.image_size", "model.variant", "data.eval_split"):
+        assert f"--config.{field}=" in advice
     allowed = numbers(markdown_table(tidy_rows(ROWS))) + numbers(str(RECORD))
     assert set(numbers(text)) <= set(allowed)
     assert len(numbers(text)) > 60
@@ -78,7 +82,8 @@ def test_each_data_set_has_a_section_and_its_own_numbers(tmp_path):
 
 
 def test_figures_and_runs_are_linked_from_where_the_report_lies_and_training_commands_are_quoted(tmp_path):
-    run = prepare_workdir(tmp_path / "runs" / "dense", {})
+    run = prepare_workdir(tmp_path / "runs" / "dense")
+    record_run(run, {})
     figure = tmp_path / "plots here" / "a.png"
     path = write_report(
         tmp_path / "out", ROWS, title="T", figures={"Caption": figure}, runs={"dense": run}, record=RECORD

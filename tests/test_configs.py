@@ -5,8 +5,10 @@ import importlib
 import pathlib
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from configs import common
+from configs import common, quickstart
 from levattn.models import attention_specs, patch_grid
 from levattn.training.config import TrainConfig, from_config_dict
 
@@ -23,8 +25,14 @@ def test_a_config_builds_for_any_attention_and_size(name):
     assert all(spec.method == "dense" for spec in attention_specs(build(name).model))
     spec = build(name, "attention=leverage,k=16,keep_prefix=1,local_window=3x3").model.attention
     assert (spec.method, spec.k, spec.keep_prefix, spec.local_window) == ("leverage", 16, 1, (3, 3))
-    spec = build(name, "attention=leverage,k=None,eps=0.1").model.attention
-    assert (spec.k, spec.eps) == (None, 0.1)
+    for arg, size in [
+        ("eps=0.1", (None, 0.1)),  # a threshold by itself is not capped
+        ("k=None,eps=0.1", (None, 0.1)),
+        ("k=8,eps=0.1", (8, 0.1)),
+        ("centre", (32, None)),
+    ]:
+        spec = build(name, f"attention=leverage,{arg}").model.attention
+        assert (spec.k, spec.eps) == size
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,8 +64,11 @@ def test_token_counts_are_those_of_the_paper(name, arg, size, tokens):
 @pytest.mark.parametrize(
     "arg, message",
     [
-        ("attenton=dense", "did you mean 'attention'"),
-        ("k=many", "k='many' must be of type int"),
+        ("attenton=dense", r"did you mean 'attention'\?. It takes source,"),
+        ("foo", "no argument 'foo'. It takes"),
+        ("source=fake:num_classes=10,size=8", "comma .* --config.data.source="),
+        ("k=many", "model.attention.k: expected int or None, not 'many'"),
+        ("local_window=wide", "model.attention.local_window: expected int or .*, not 'wide'"),
         ("centre=2", "centre='2' must be of type bool"),
     ],
 )
@@ -78,5 +89,63 @@ def test_an_unknown_method_is_refused_with_the_nearest():
 
 def test_arguments_are_read_as_the_types_of_their_defaults():
     arg = common.parse_arg("a=3,b=2,c,d=3x5,e=text,f=0.5", a=1, b=1.0, c=False, d=None, e="", f=None, g=7)
-    assert (arg.a, arg.b, arg.c, arg.d, arg.e, arg.f, arg.g) == (3, 2.0, True, (3, 5), "text", 0.5, 7)
+    assert (arg.a, arg.b, arg.c, arg.d, arg.e, arg.f, arg.g) == (3, 2.0, True, "3x5", "text", 0.5, 7)
     assert isinstance(arg.b, float)
+
+
+def from_flags(*overrides):
+    """The run that train.py would start from the quickstart, given these flags behind `--config`."""
+    values, argv = flags.FlagValues(), ["train.py", *overrides]
+    config = quickstart.get_config("attention=leverage")
+    kwargs = {"lock_config": False, "accept_new_attributes": True}  # as in train.py
+    holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv, **kwargs)
+    values(argv)
+    return from_config_dict(TrainConfig, holder.value)
+
+
+@pytest.mark.parametrize(
+    "name, text, value",
+    [
+        ("model.attention.eps", "0.1", 0.1),
+        ("model.attention.k", "8", 8),
+        ("model.attention.local_window", "3x5", (3, 5)),
+        ("model.attention.local_window", "(3, 5)", (3, 5)),
+        ("model.attention.local_window", "7", 7),
+        ("model.width", "None", None),  # a number in the file
+        ("model.rep_size", "true", True),
+        ("model.rep_size", "32", 32),
+        ("data.mean", "(0.25,)", (0.25,)),
+        ("ema_decay", "None", None),
+        ("ema_decay", "0.5", 0.5),
+        ("optimizer.grad_clip_norm", "None", None),
+        ("checkpoint.every_steps", "10", 10),
+        ("total_steps", "10", 10),
+        ("batch_size", "16", 16),
+        ("init_from", "runs/a", "runs/a"),
+    ],
+)
+def test_any_field_can_be_set_on_the_command_line_to_any_value_it_may_have(name, text, value):
+    config = from_flags(f"--config.{name}={text}")
+    for part in name.split("."):
+        config = getattr(config, part)
+    assert config == value
+    assert type(config) is type(value)
+
+
+def test_a_threshold_can_take_the_place_of_k_on_the_command_line():
+    spec = from_flags("--config.model.attention.k=None", "--config.model.attention.eps=0.1").model.attention
+    assert (spec.method, spec.k, spec.eps) == ("leverage", None, 0.1)
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.model.attention.esp=0.1", "did you mean 'model.attention.eps'"),
+        ("--config.model.attention.eps=big", "eps: expected float or None, not 'big'"),
+        ("--config.model.attention.local_window=3x3x3", "local_window: expected int or .*, not '3x3x3'"),
+        ("--config.ema_decay=true", "ema_decay: expected float or None, not True"),
+    ],
+)
+def test_flags_that_cannot_be_used_are_named(flag, message):
+    with pytest.raises(ValueError, match=message):
+        from_flags(flag)

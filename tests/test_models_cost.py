@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from levattn.attention import AttentionSpec
+from levattn.attention.select import num_kept
+from levattn.core.leverage import leverage_scores
 from levattn.models import ModelConfig, ViT, activation_bytes, forward_flops
-from levattn.models.cost import num_keys
+from levattn.models.cost import num_keys, selection_flops
 
 MODEL = ModelConfig("Ti/4", depth=2, num_classes=10)
 SHAPE = (28, 28, 1)
@@ -37,9 +39,19 @@ def test_sparse_attention_costs_less_than_dense_by_what_it_leaves_out():
     config = ModelConfig("S/16", depth=1)
     sparse = dataclasses.replace(config, attention=AttentionSpec("leverage", k=32))
     s, k, c, h, d = 196, 32, 384, 6, 64
-    gram, cholesky, solve, norms = 2 * s * d * d, d**3 // 3, s * d * d, 2 * s * d
-    saved = 4 * s * (s - k) * c + 6 * h * s * (s - k) - h * (gram + cholesky + solve + norms)
+    gram, cholesky, inverse, whitening, norms = 2 * s * d * d, d**3 // 3, d**3, 2 * s * d * d, 2 * s * d
+    saved = 4 * s * (s - k) * c + 6 * h * s * (s - k) - h * (gram + cholesky + inverse + whitening + norms)
     assert forward_flops(config, (224, 224, 3)) - forward_flops(sparse, (224, 224, 3)) == saved
+
+
+@pytest.mark.parametrize("tokens, head_dim", [(197, 64), (50, 16)])
+def test_leverage_scores_cost_what_the_compiler_counts(tokens, head_dim):
+    """Of the matrix products: the compiler counts a factorisation or a triangular inverse, a call to LAPACK, as 0."""
+    keys = jnp.zeros((1, tokens, 4, head_dim))
+    compiled = jax.jit(lambda keys: leverage_scores(keys, method="gram")).lower(keys).compile()
+    factorisation = 4 * (head_dim**3 + head_dim**3 // 3)
+    products = selection_flops(AttentionSpec("leverage"), tokens, 4, head_dim) - factorisation
+    assert products == pytest.approx(compiled.cost_analysis()["flops"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -50,11 +62,14 @@ def test_sparse_attention_costs_less_than_dense_by_what_it_leaves_out():
         (AttentionSpec("leverage", k=32, local_window=(3, 5)), 47),
         (AttentionSpec("leverage", k=32, local_window=7), 39),
         (AttentionSpec("leverage", k=98, local_window=7), 100),
-        (AttentionSpec("leverage", k=None, eps=0.3), 54),
+        (AttentionSpec("leverage", k=None, eps=0.3), 53),
+        (AttentionSpec("leverage", k=None, eps=0.3, keep_prefix=1), 54),
     ],
 )
 def test_keys_that_a_query_sees(spec, expected):
     assert num_keys(spec, tokens=100, head_dim=16) == expected
+    if spec.method != "dense" and spec.local_window is None:
+        assert num_kept(spec, 100, 16) == expected
 
 
 def test_activations_are_near_what_the_compiler_sets_aside_for_a_train_step():

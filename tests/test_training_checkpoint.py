@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from levattn.training.checkpoint import Checkpointer
+from levattn.training.checkpoint import Checkpointer, has_checkpoint
 
 TX = optax.adamw(1e-2, mu_dtype=jnp.bfloat16)
 
@@ -165,11 +165,15 @@ def test_parameters_alone_can_be_read_from_a_whole_state(tmp_path):
 def test_a_reader_makes_no_folder_cleans_nothing_up_and_cannot_save(tmp_path):
     with pytest.raises(FileNotFoundError, match="none"):
         Checkpointer(tmp_path / "none", read_only=True)
+    assert not has_checkpoint(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"w": jnp.ones(2)}, None, {})
     unfinished = tmp_path / "2.orbax-checkpoint-tmp"
     unfinished.mkdir()
+    assert not has_checkpoint(tmp_path)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"w": jnp.ones(2)}, None, {})
+    assert has_checkpoint(tmp_path)
+    unfinished.mkdir(exist_ok=True)
     with Checkpointer(tmp_path, read_only=True) as checkpointer:
         assert checkpointer.all_steps() == [1]
         with pytest.raises(ValueError, match="read_only"):

@@ -7,7 +7,15 @@ import pytest
 from ml_collections import ConfigDict
 
 from levattn.attention import AttentionSpec
-from levattn.training.config import MeshConfig, OptimizerConfig, TrainConfig, from_config_dict, sections, to_dict
+from levattn.training.config import (
+    CheckpointConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    from_config_dict,
+    sections,
+    to_dict,
+)
 
 MINIMAL = {"data": {"source": "digits"}, "model": {"variant": "Ti/1", "num_classes": 10}, "total_steps": 10}
 
@@ -68,6 +76,8 @@ def test_all_faults_are_listed_at_once():
         ({"optimizer": {"b2": 1.0}}, "optimizer.b2=1.0 must be in [0, 1)"),
         ({"loss": {"label_smoothing": 1.0}}, "loss.label_smoothing=1.0 must be in [0, 1)"),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last=0 must be positive"),
+        ({"checkpoint": {"metric": "accuracy"}}, "expected 'top1' or 'top5' or 'loss', not 'accuracy'"),
+        ({"checkpoint": {"metric": "top_1"}}, "did you mean 'top1'?"),
         ({"model": {"attention": None}}, "model.attention: expected AttentionSpec, not None (NoneType)"),
         ({"data": {"mean": [0.5, "x"]}}, "data.mean[1]: expected float, not 'x' (str)"),
     ],
@@ -93,14 +103,19 @@ def test_epochs_become_whole_steps():
     assert dataclasses.replace(config, total_epochs=0.001).num_steps(1437) == 1
 
 
+def test_a_small_loss_is_the_best_and_a_large_accuracy():
+    modes = {metric: CheckpointConfig(metric=metric).best_mode for metric in ("top1", "top5", "loss")}
+    assert modes == {"top1": "max", "top5": "max", "loss": "min"}
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MeshConfig().fsdp = 2
 
 
-def test_empty_sections_give_the_defaults():
+def test_sections_left_as_they_are_give_the_defaults():
     config = sections(TrainConfig)
-    assert config.model.attention == ConfigDict()
+    assert isinstance(config.model.attention, ConfigDict)
     config.total_steps = 1
     assert from_config_dict(TrainConfig, config) == from_config_dict(
         TrainConfig, {"data": {}, "model": {}, "total_steps": 1}

@@ -1,6 +1,7 @@
 """Evaluation under any attention counts every example once and says what a plain loop over the data would say."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from levattn.data import normalize, open_source
 from levattn.models import ViT
 from levattn.training.checkpoint import Checkpointer
 from levattn.training.config import TrainConfig, from_config_dict, to_dict
-from levattn.training.evaluate import describe, evaluate_attention, expand, load_trained
+from levattn.training.evaluate import describe, evaluate_attention, expand, load_trained, on_source
 from levattn.training.export import export_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.loop import train
@@ -100,13 +101,16 @@ def test_a_run_that_is_not_finished_is_read_from_its_checkpoint(workdir, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, params, load_trained(workdir / EXPORT_FILE)[1])
 
 
-def test_of_several_checkpoints_the_best_is_read(workdir, tmp_path):
-    _, params = load_trained(workdir)
-    (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
-    with Checkpointer(tmp_path / CHECKPOINT_FOLDER, keep_last=1, keep_best=1, best_metric="top1") as checkpointer:
-        for step, top1 in ((1, 0.9), (2, 0.5)):
+@pytest.mark.parametrize("metric, values", [("top1", (0.9, 0.5)), ("loss", (0.5, 0.9))])
+def test_of_several_checkpoints_the_best_is_read(metric, values, workdir, tmp_path):
+    config, params = load_trained(workdir)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, metric=metric))
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    mode = config.checkpoint.best_mode
+    with Checkpointer(tmp_path / CHECKPOINT_FOLDER, best_metric=metric, best_mode=mode) as checkpointer:
+        for step, value in enumerate(values, 1):
             state = {"ema_params": jax.tree.map(lambda x, step=step: jnp.asarray(x * step), params)}
-            checkpointer.save(step, state, {"top1": top1}, extra={})
+            checkpointer.save(step, state, {metric: value}, extra={})
     jax.tree.map(np.testing.assert_array_equal, load_trained(tmp_path)[1], params)
 
 
@@ -129,6 +133,35 @@ def test_classes_and_k_that_do_not_fit_are_refused(workdir):
         evaluate_attention(config, params, [AttentionSpec("leverage", k=18)])
 
 
+def test_channels_and_learned_positions_that_do_not_fit_are_refused(workdir):
+    config, params = load_trained(workdir)
+    colour = open_source(dataclasses.replace(config.data, source="fake:num_classes=10,size=8,examples=16"), "test")
+    with pytest.raises(ValueError, match=r"3 channels.*trained on 1"):
+        evaluate_attention(config, params, source=colour)
+    larger = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=16))
+    with pytest.raises(ValueError, match=r"digits at 16x16 has 64 patches.*positions for 16"):
+        evaluate_attention(larger, params)
+
+
+def test_another_source_is_read_at_the_size_the_run_was_trained_on(workdir):
+    """Fashion-MNIST's 28 pixels a side, or a folder's of any size, become the 8 of the digits; a given size stays."""
+    config, _ = load_trained(workdir)
+    other = on_source(config, "fake:num_classes=10,size=28")
+    assert (other.data.source, other.data.image_size) == ("fake:num_classes=10,size=28", 8)
+    assert dataclasses.replace(other, data=config.data) == config
+    sized = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=16))
+    assert on_source(sized, "fashion_mnist").data.image_size == 16
+
+
+def test_with_a_threshold_alone_k_counts_the_keys_it_can_keep(workdir):
+    config, params = load_trained(workdir)
+    specs = list(expand(AttentionSpec(k=None, eps=1.0), ["dense", "leverage"], [None, 4]))
+    rows = evaluate_attention(config, params, specs)
+    assert config.model.dims.width // config.model.dims.num_heads == 16  # scores sum to it: at most 16 / eps keys
+    assert [row["k"] for row in rows] == [TOKENS, 16, 4]
+    assert all(isinstance(row["k"], int) for row in rows)
+
+
 def test_combinations_are_every_method_with_every_k_and_dense_once():
     base = AttentionSpec(keep_prefix=1)
     specs = list(expand(base, ["dense", "leverage", "random"], [8, 16]))
@@ -148,6 +181,15 @@ def test_the_retrofit_config_goes_on_from_a_run_with_other_attention(workdir, tm
     adapted = load_trained(tmp_path)[1]
     moved = jax.tree.map(lambda new, old: float(np.abs(new - old).max()), adapted, params)
     assert 0 < max(jax.tree.leaves(moved)) < 0.1  # it started there, and went on
+
+
+def test_a_retrofit_leaves_the_long_warm_up_of_its_base_behind(workdir, tmp_path):
+    config, params = load_trained(workdir)
+    optimizer = dataclasses.replace(config.optimizer, schedule="rsqrt", warmup_steps=40, cooldown_steps=10)
+    export_params(tmp_path / "base.npz", params, to_dict(dataclasses.replace(config, optimizer=optimizer)))
+    adapting = from_config_dict(TrainConfig, retrofit.get_config(f"init_from={tmp_path / 'base.npz'},k=4,epochs=0.1"))
+    train(adapting, tmp_path / "run")  # of two steps
+    assert adapting.optimizer.warmup_fraction == 0.1
 
 
 def test_the_config_of_a_run_survives_the_round_trip(workdir):

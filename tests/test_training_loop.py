@@ -1,12 +1,15 @@
 """Whole runs on digits: they learn, resume bit for bit, and run the same in several processes."""
 
+import dataclasses
 import functools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -14,9 +17,9 @@ import numpy as np
 import pytest
 
 from levattn.models import ViT
-from levattn.training.checkpoint import Checkpointer
-from levattn.training.config import TrainConfig, from_config_dict
-from levattn.training.export import load_params
+from levattn.training.checkpoint import Checkpointer, has_checkpoint
+from levattn.training.config import TrainConfig, from_config_dict, to_dict
+from levattn.training.export import export_params, load_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.loop import train
 from levattn.training.optim import make_optimizer
@@ -48,7 +51,8 @@ def metric_lines(workdir):
 
 def saved_state(config, workdir, step):
     tx, _ = make_optimizer(config.optimizer, config.total_steps)
-    init_fn = functools.partial(init_state, model=ViT(config.model), image_shape=(8, 8, 1), tx=tx, ema=True)
+    ema = config.ema_decay is not None
+    init_fn = functools.partial(init_state, model=ViT(config.model), image_shape=(8, 8, 1), tx=tx, ema=ema)
     plan = plan_state(init_fn, make_mesh(config.mesh), config.mesh.fsdp_min_size)
     with Checkpointer(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpointer:
         return jax.device_get(checkpointer.restore(plan, step))
@@ -76,7 +80,7 @@ def test_a_resumed_run_equals_one_never_stopped_bit_for_bit(tmp_path):
     assert (resumed / EXPORT_FILE).read_bytes() == (whole / EXPORT_FILE).read_bytes()
 
 
-def test_a_short_run_learns_and_leaves_everything_behind(tmp_path):
+def test_a_short_run_learns_and_leaves_everything_behind(tmp_path, capsys):
     config = make_config(total_steps=120, optimizer={"learning_rate": 1e-2}, log_every_steps=20, eval_every_steps=60)
     metrics = train(config, tmp_path, profile=True)
     lines = metric_lines(tmp_path)
@@ -93,13 +97,17 @@ def test_a_short_run_learns_and_leaves_everything_behind(tmp_path):
     # A finished run has no step left; a new one can start from its parameters, with another head.
     again = train(config, tmp_path)
     assert again["eval/top1"] == metrics["eval/top1"]
+    assert metric_lines(tmp_path) == lines
     tuned = make_config(init_from=str(tmp_path), total_steps=1, optimizer={"learning_rate": 1e-9})
     assert train(tuned, tmp_path / "tuned")["eval/top1"] == pytest.approx(metrics["eval/top1"], abs=0.01)
+    assert f"starting from the parameters of {str(tmp_path)!r}\n" in capsys.readouterr().err
     other_head = make_config(
         init_from=str(tmp_path), data={"source": "fake:num_classes=3,size=8,examples=64"}, model={"num_classes": 3}
     )
-    with pytest.raises(ValueError, match="embedding/kernel is"):  # three channels against one
-        train(other_head, tmp_path / "other")
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="embedding/kernel is"):  # three channels against one
+            train(other_head, tmp_path / "other", dry_run=dry_run)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_dry_run_prints_the_estimate_and_writes_nothing(tmp_path, capsys):
@@ -115,7 +123,101 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
         train(make_config(batch_size=12), tmp_path / "run")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(make_config(data={"source": f"folder:{tmp_path}/nowhere"}), tmp_path / "run")
+    for dry_run in (True, False):
+        with pytest.raises(FileNotFoundError, match=r"init_from=.*/nowhere"):
+            train(make_config(init_from=f"{tmp_path}/nowhere"), tmp_path / "run", dry_run=dry_run)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory):
+    """A config and the workdir of a run of 4 steps by it; tests leave both as they are."""
+    workdir = tmp_path_factory.mktemp("stopped")
+    config = make_config(total_steps=4, checkpoint={"metric": "loss"})
+    train(config, workdir)
+    return config, workdir
+
+
+def contents(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+def test_a_checkpoint_says_which_run_saved_it_and_how_far_it_had_come(stopped_run):
+    config, workdir = stopped_run
+    with Checkpointer(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpointer:
+        record = checkpointer.read_extra(4)
+    assert record["examples_seen"] == 4 * 64
+    assert from_config_dict(TrainConfig, record["config"]) == config
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"total_steps": 3}, ["step 4", "past total_steps=3: set a larger total_steps", "use another workdir"]),
+        ({"total_steps": None, "total_epochs": 0.05}, ["past total_steps=1"]),
+        ({"seed": 1, "batch_size": 32}, ["seed: 0 -> 1", "batch_size: 64 -> 32", "another workdir", "init_from"]),
+        ({"data": {"flip": True, "num_workers": 1}, "log_every_steps": 2}, ["data.flip: False -> True"]),
+        ({"model": {"width": 64}}, ["model.width: 32 -> 64"]),
+        ({"model": {"attention": {"method": "leverage", "k": 8}}}, ["model.attention.method: dense -> leverage"]),
+        ({"optimizer": {"name": "sgd"}}, ["does not fit the state to be restored"]),
+    ],
+)
+def test_going_on_as_another_run_is_refused_and_leaves_the_workdir_as_it_was(stopped_run, changes, named):
+    """Checkpoints, records and metrics; a field that may change is not among those that are complained about."""
+    _, workdir = stopped_run
+    before = contents(workdir)
+    with pytest.raises(ValueError) as error:
+        train(make_config(checkpoint={"metric": "loss"}, **({"total_steps": 4} | changes)), workdir)
+    assert [text for text in named if text not in str(error.value)] == []
+    assert "num_workers" not in str(error.value)
+    assert "log_every_steps" not in str(error.value)
+    assert contents(workdir) == before
+
+
+def test_what_may_change_is_shown_and_recorded_and_the_run_goes_on(stopped_run, tmp_path, capsys):
+    _, workdir = stopped_run
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    longer = make_config(total_steps=5, optimizer={"learning_rate": 1e-3}, checkpoint={"metric": "loss"})
+    # The run whose parameters the first one started from may be gone by now.
+    longer = dataclasses.replace(longer, init_from=str(tmp_path / "gone"))
+    train(longer, tmp_path)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "going on" in line)
+    assert line.startswith("going on from step 4 of 5, with changed ")
+    assert "total_steps: 4 -> 5" in line
+    assert "optimizer.learning_rate: 0.003 -> 0.001" in line
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(to_dict(longer)))
+
+
+def test_a_checkpoint_without_a_record_of_its_config_is_gone_on_from(stopped_run, tmp_path):
+    config, workdir = stopped_run
+    state = saved_state(config, workdir, 4)
+    with Checkpointer(tmp_path / CHECKPOINT_FOLDER) as checkpointer:
+        checkpointer.save(4, state, None, {})
+    assert "train/loss" not in train(config, tmp_path)
+    assert (tmp_path / EXPORT_FILE).exists()
+
+
+def test_a_run_says_which_parameters_it_does_not_take_from_where_it_starts(stopped_run, tmp_path, capsys):
+    params, config = load_params(stopped_run[1] / EXPORT_FILE)
+    export_params(tmp_path / "body.npz", {name: params[name] for name in params if name != "head"}, config)
+    train(make_config(total_steps=1, init_from=str(tmp_path / "body.npz")), tmp_path / "run")
+    assert "body.npz'; head/bias, head/kernel: not there in this shape" in capsys.readouterr().err
+
+
+def test_the_smallest_loss_is_the_checkpoint_that_is_kept(tmp_path):
+    """The second half of the run makes the loss worse: by far too large a learning rate."""
+    config = make_config(
+        total_steps=8,
+        eval_every_steps=2,
+        optimizer={"learning_rate": 3.0, "schedule": "constant", "warmup_steps": 8},
+        checkpoint={"metric": "loss"},
+    )
+    train(config, tmp_path)
+    losses = {line["step"]: line["eval/loss"] for line in metric_lines(tmp_path) if "eval/loss" in line}
+    best = min(losses, key=losses.get)
+    assert best != 8
+    with Checkpointer(tmp_path / CHECKPOINT_FOLDER, read_only=True) as checkpointer:
+        assert checkpointer.all_steps() == [best, 8]
 
 
 CONFIG_FILE = """
@@ -126,6 +228,7 @@ def get_config():
         "data": {"source": "digits"},
         "model": {"variant": "Ti/2", "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64, "num_classes": 10},
         "optimizer": {"learning_rate": 3e-3},
+        "checkpoint": {},
         "batch_size": 64,
         "total_steps": 4,
     })
@@ -163,9 +266,34 @@ def test_two_processes_train_as_one_does(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_parameters_of_one_that_was_left_alone(tmp_path):
+    """Killed without notice, at whatever it is doing some time after its first checkpoint."""
+    flags = ["--config.total_steps=30", "--config.checkpoint.every_steps=10", "--config.model.dropout=0.1"]
+
+    def start(name):
+        return launch(tmp_path, f"--workdir={tmp_path / name}", *flags, num_devices=1)
+
+    whole, killed = start("whole"), start("killed")
+    while not has_checkpoint(tmp_path / "killed" / CHECKPOINT_FOLDER) and killed.poll() is None:
+        time.sleep(0.01)
+    killed.kill()
+    output, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, output
+    assert not (tmp_path / "killed" / EXPORT_FILE).exists()
+    resumed = start("killed")
+    outputs = [run.communicate(timeout=120)[0] for run in (whole, resumed)]
+    assert [whole.returncode, resumed.returncode] == [0, 0], "\n".join(outputs)
+    assert "going on from step" in outputs[1]
+    ours, reference = ((tmp_path / name / EXPORT_FILE).read_bytes() for name in ("killed", "whole"))
+    assert ours == reference
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, message",
     [
+        ("--num_processes=2", "need --coordinator_address=HOST:PORT"),
+        ("--process_id=0", "need --coordinator_address=HOST:PORT"),
         ("--config.model.num_class=10", "model.num_class: there is no such field; did you mean 'model.num_classes'?"),
         ("--config.data.source=folder:/nowhere", "/nowhere"),
         ("--config.optimizr.name=sgd", 'Did you mean "optimizer"'),

@@ -7,21 +7,23 @@ from pathlib import Path
 import pytest
 
 from levattn.training import workdir as workdir_lib
-from levattn.training.workdir import atomic_path, prepare_workdir, provenance, read_config, write_json
+from levattn.training.workdir import atomic_path, prepare_workdir, provenance, read_config, record_run, write_json
 
 CONFIG = {"seed": 3, "model": {"variant": "S/16", "k": [8, 16], "eps": None}}
 
 
 def test_the_recorded_config_is_read_back_equal_and_versions_lie_beside_it(tmp_path):
-    path = prepare_workdir(tmp_path / "runs" / "a", CONFIG)
+    path = prepare_workdir(tmp_path / "runs" / "a")
     assert path == tmp_path / "runs" / "a"
+    assert list(path.iterdir()) == []  # not before the run is sure to go ahead
+    record_run(path, CONFIG)
     assert read_config(path) == CONFIG
     record = json.loads((path / "versions.json").read_text())
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["hardware"]["platform"] == "cpu"
 
 
-def test_a_folder_that_was_never_prepared_has_no_config(tmp_path):
+def test_a_folder_without_records_has_no_config(tmp_path):
     assert read_config(tmp_path) is None
 
 
@@ -37,13 +39,13 @@ def test_a_workdir_that_cannot_be_written_is_refused_by_name_with_the_next_step(
     (tmp_path / "file").write_text("")
     path = tmp_path / under / "run"
     with pytest.raises(OSError, match=r"cannot be written .*give --workdir") as info:
-        prepare_workdir(path, CONFIG)
+        prepare_workdir(path)
     assert str(path) in str(info.value)
 
 
 def test_an_existing_folder_in_which_nothing_can_be_made_is_refused():
     with pytest.raises(OSError, match="cannot be written"):
-        prepare_workdir("/proc/self", CONFIG)
+        prepare_workdir("/proc/self")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):

@@ -150,8 +150,12 @@ def _next_steps(rows: Sequence[Row], runs: Mapping[str, str | os.PathLike]) -> s
     command += f" --k {','.join(map(str, sizes)) or 'K'}"
     steps = [
         f"Another attention in the same parameters, without training: `{command}`.",
-        "Tokens around each query beside the kept keys: add `--option local_window=HEIGHTxWIDTH`.",
-        "Your own images, one folder a class: `train.py` with `--config.data.source=folder:PATH`.",
+        "Patches around each query beside the kept keys: add `--option local_window=3x3`, and in a model with a class "
+        "token `--option keep_prefix=1`.",
+        "Your own images, one folder a class: `train.py` with `--config.data.source=folder:PATH "
+        "--config.model.num_classes=N --config.data.image_size=PIXELS --config.model.variant=NAME/PATCH`, PIXELS a "
+        "multiple of PATCH; where PATH has no train/ and test/ in it, also `--config.data.train_split='train[:90%]' "
+        "--config.data.eval_split='train[90%:]'`.",
     ]
     return "\n".join(f"- {step}" for step in steps)
 

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from levattn.attention.select import num_kept
 from levattn.attention.spec import AttentionSpec
 from levattn.models.config import ModelConfig, attention_specs, patch_grid
 from levattn.models.vit import ViT
@@ -33,20 +34,20 @@ def num_keys(spec: AttentionSpec, tokens: int, head_dim: int) -> int:
     """Keys that each query attends to under `spec`, local ones included, at most all of them."""
     if spec.method == "dense":
         return tokens
-    kept = spec.k if spec.k is not None else math.ceil(head_dim / spec.eps)
     window = spec.local_window or 0
-    return min(tokens, kept + (window if isinstance(window, int) else math.prod(window)))
+    return min(tokens, num_kept(spec, tokens, head_dim) + (window if isinstance(window, int) else math.prod(window)))
 
 
 def selection_flops(spec: AttentionSpec, tokens: int, num_heads: int, head_dim: int) -> int:
     """Operations a layer spends on an image to choose its keys.
 
-    leverage: Gram matrix (2 S D^2), its Cholesky factor (D^3 / 3), a triangular solve (S D^2) and squared norms
-    (2 S D), per head. Methods this does not know count as 0: their part is then a lower bound.
+    leverage, by the Gram route: Gram matrix (2 S D^2), its Cholesky factor (D^3 / 3), the inverse of that (D^3), the
+    keys times the inverse (2 S D^2) and squared norms (2 S D), per head. Methods this does not know count as 0: their
+    part is then a lower bound.
     """
     s, d, k = tokens, head_dim, num_keys(spec, tokens, head_dim)
     per_head = {
-        "leverage": 3 * s * d**2 + d**3 // 3 + 2 * s * d,
+        "leverage": 4 * s * d**2 + d**3 + d**3 // 3 + 2 * s * d,
         "row_norm": 2 * s * d,
         "kmeans": (spec.num_iters + 1) * 4 * s * k * d,  # distances to k centres and sums of their members
         "oracle": 2 * s**2 * d,

@@ -199,6 +199,11 @@ class Checkpointer:
         return steps[-1] if step is None else step
 
 
+def has_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether a finished checkpoint lies in a folder, which need not exist; opens and changes nothing."""
+    return any(path.name.isdigit() for path in Path(directory).glob("*"))
+
+
 def _signatures(tree: PyTree) -> dict[str, str]:
     """Path to dtype and shape of every leaf, spelled alike for a state and for what Orbax makes of it."""
 

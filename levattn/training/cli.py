@@ -24,7 +24,7 @@ def run(main: Callable[..., None]) -> NoReturn:
         try:
             inspect.signature(main).bind(*argv[1:])
         except TypeError:
-            _refuse(f"these arguments cannot be used: {' '.join(argv[1:])}")
+            _refuse(f"these arguments cannot be used: {' '.join(argv[1:])}; write flags as --name=value")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries talk a lot at INFO
         try:

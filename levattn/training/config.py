@@ -115,18 +115,23 @@ class CheckpointConfig:
       every_steps: Interval of saves. None: only at the end.
       keep_last: Newest checkpoints kept.
       keep_best: Best checkpoints, by `metric`, kept beside them.
-      metric: Name of the evaluation metric that ranks checkpoints; larger is better.
+      metric: The evaluation metric that ranks checkpoints: "top1", "top5" or "loss".
     """
 
     every_steps: int | None = None
     keep_last: int = 1
     keep_best: int = 1
-    metric: str = "top1"
+    metric: Literal["top1", "top5", "loss"] = "top1"
 
     def __post_init__(self):
         _require(self, "every_steps", self.every_steps is None or self.every_steps > 0, "positive or None")
         _require(self, "keep_last", self.keep_last > 0, "positive")
         _require(self, "keep_best", self.keep_best >= 0, "at least 0")
+
+    @property
+    def best_mode(self) -> Literal["max", "min"]:
+        """Whether the largest or the smallest `metric` is the best."""
+        return "min" if self.metric == "loss" else "max"
 
 
 @dataclasses.dataclass(frozen=True)

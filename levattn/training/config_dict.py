@@ -2,12 +2,13 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 T = TypeVar("T")
 
@@ -17,15 +18,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_config_dict(cls: type[T], mapping: Mapping[str, Any] | ConfigDict) -> T:
+def from_config_dict(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, *, name: str = "the config") -> T:
     """Builds nested frozen dataclasses from nested mappings, and reports everything that is wrong with them at once.
 
-    Fields that the mapping leaves out take their defaults. Whole numbers are taken where a float is expected and
-    lists where a tuple is; nothing else is converted.
+    Fields that the mapping leaves out take their defaults. Whole numbers are taken where a float is expected, lists and
+    text such as "3x5" where a tuple is; nothing else is converted.
 
     Args:
       cls: A dataclass whose fields are annotated with scalars, literals, tuples, dataclasses or unions of these.
       mapping: A ConfigDict or dict.
+      name: What errors call the mapping.
 
     Returns:
       An instance of `cls`.
@@ -37,16 +39,26 @@ def from_config_dict(cls: type[T], mapping: Mapping[str, Any] | ConfigDict) -> T
     problems: list[str] = []
     config = _build(cls, _plain(mapping), "", list(_dotted_names(cls)), problems)
     if problems:
-        raise ValueError("\n  ".join(["the config has fields that cannot be used:", *problems]))
+        raise ValueError("\n  ".join([f"{name} has fields that cannot be used:", *problems]))
     return config
 
 
 def sections(cls: type) -> ConfigDict:
-    """A ConfigDict of empty sections, one for each nested dataclass: where a config file starts, so that every field
-    has a place and can be set on the command line.
+    """A ConfigDict with a section for each nested dataclass: where a config file starts, so that every field has a
+    place and can be set on the command line.
+
+    A ConfigDict holds a field to the type of its first value, and flags cannot set one whose value is None. Fields of
+    several types (k, eps, local_window) are therefore here already, at their defaults and open to any value, which
+    `from_config_dict` then checks.
     """
-    hints = typing.get_type_hints(cls)
-    return ConfigDict({name: sections(hint) for name, hint in hints.items() if dataclasses.is_dataclass(hint)})
+    config = ConfigDict()
+    for field in dataclasses.fields(cls):
+        hint = typing.get_type_hints(cls)[field.name]
+        if dataclasses.is_dataclass(hint):
+            config[field.name] = sections(hint)
+        elif typing.get_origin(hint) in (typing.Union, types.UnionType):
+            config[field.name] = FieldReference(field.default, field_type=object)
+    return config
 
 
 def _build(cls: type, mapping: Mapping[str, Any], path: str, known: list[str], problems: list[str]) -> Any:
@@ -87,6 +99,8 @@ def _convert(expected: Any, value: Any, path: str, known: list[str], problems: l
         return None
     if dataclasses.is_dataclass(expected) and isinstance(value, Mapping):
         return _build(expected, value, f"{path}.", known, problems)
+    if origin is tuple and isinstance(value, str) and re.fullmatch(r"\d+(x\d+)+", value):
+        return _convert(expected, tuple(map(int, value.split("x"))), path, known, problems)
     if origin is tuple and isinstance(value, list | tuple):
         many = len(arguments) == 2 and arguments[1] is Ellipsis
         kinds = (arguments[0],) * len(value) if many else arguments

@@ -13,6 +13,7 @@ import jax
 from jaxtyping import PyTree
 
 from levattn.attention import AttentionSpec, get_method
+from levattn.attention.select import num_kept
 from levattn.data import Source, eval_batches, open_source, output_shape
 from levattn.models import ModelConfig, ViT, attention_specs, patch_grid
 from levattn.training.checkpoint import Checkpointer
@@ -58,8 +59,8 @@ def _load_checkpoint(workdir: Path) -> tuple[TrainConfig, PyTree]:
     name = "params" if config.ema_decay is None else "ema_params"
     source = open_source(config.data, config.data.eval_split)
     template = _params_template(config.model, output_shape(source, config.data))
-    best_metric = config.checkpoint.metric
-    with Checkpointer(workdir / CHECKPOINT_FOLDER, best_metric=best_metric, read_only=True) as checkpointer:
+    rank = {"best_metric": config.checkpoint.metric, "best_mode": config.checkpoint.best_mode}
+    with Checkpointer(workdir / CHECKPOINT_FOLDER, **rank, read_only=True) as checkpointer:
         best = checkpointer.best_step()
         step = checkpointer.latest_step() if best is None else best
         if step is None:
@@ -74,13 +75,13 @@ def _params_template(model: ModelConfig, image_shape: tuple[int, ...]) -> PyTree
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def expand(base: AttentionSpec, methods: Sequence[str], ks: Sequence[int]) -> Iterator[AttentionSpec]:
+def expand(base: AttentionSpec, methods: Sequence[str], ks: Sequence[int | None]) -> Iterator[AttentionSpec]:
     """The specs of every method with every k; dense attention has no k and comes once.
 
     Args:
       base: The other options, for all of them.
       methods: Names in the registry.
-      ks: Numbers of keys.
+      ks: Numbers of keys; None: as many as `base.eps` can keep.
 
     Raises:
       ValueError: For an unknown method.
@@ -89,6 +90,19 @@ def expand(base: AttentionSpec, methods: Sequence[str], ks: Sequence[int]) -> It
         get_method(method)
         for k in ks if method != "dense" else ks[:1]:
             yield dataclasses.replace(base, method=method, k=k)
+
+
+def on_source(config: TrainConfig, source: str) -> TrainConfig:
+    """The config with other data, at the size of image that the run was trained on.
+
+    Args:
+      config: Of the run; where it leaves `data.image_size` open, its own data say what the size is.
+      source: As `data.source`.
+    """
+    size = config.data.image_size
+    if size is None:
+        size = output_shape(open_source(config.data, config.data.eval_split), config.data)[0]
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, source=source, image_size=size))
 
 
 def describe(spec: AttentionSpec) -> str:
@@ -121,10 +135,11 @@ def evaluate_attention(
 
     Returns:
       One row a spec: dataset, model, tokens, attention, k, trained_with, accuracy, examples, seconds, top5, loss,
-      images_per_second. `k` is the number of keys that a query sees, local tokens apart.
+      images_per_second. `k` is the number of keys that a query sees, local tokens apart; with `eps` the most it can be.
 
     Raises:
-      ValueError: Number of classes or image size do not fit the model; k exceeds the tokens; an unknown method.
+      ValueError: Number of classes, channels or image size do not fit the model; k exceeds the tokens; an unknown
+        method.
     """
     source = open_source(config.data, config.data.eval_split) if source is None else source
     if source.num_classes != config.model.num_classes:
@@ -132,12 +147,12 @@ def evaluate_attention(
             f"{source.name} has {source.num_classes} classes, the checkpoint was trained on "
             f"{config.model.num_classes}: evaluate on a data set with the same classes"
         )
-    rows, columns = patch_grid(config.model, output_shape(source, config.data))
-    num_tokens = rows * columns + config.model.num_prefix_tokens
+    num_tokens = _fitting_tokens(config, params, source)
+    head_dim = config.model.dims.width // config.model.dims.num_heads
     models = [config.model] if specs is None else [_with_attention(config.model, spec) for spec in specs]
     for spec in {spec for model in models for spec in attention_specs(model)}:
-        if spec.method != "dense" and spec.k is not None and spec.k > num_tokens:
-            raise ValueError(f"k={spec.k} must be in [1, {num_tokens}]: the model sees {num_tokens} tokens")
+        if spec.method != "dense":
+            num_kept(spec, num_tokens, head_dim)  # refuses a k that is too large
 
     mesh = make_mesh(MeshConfig())  # all devices there are: the run may have had others
     params = jax.device_put(params, replicated(mesh))
@@ -159,16 +174,31 @@ def evaluate_attention(
                 seconds[i] += time.perf_counter() - start
 
     return [
-        _row(config, source, model, num_tokens, total, elapsed)
+        _row(config, source, model, num_tokens, head_dim, total, elapsed)
         for model, total, elapsed in zip(models, totals, seconds, strict=True)
     ]
+
+
+def _fitting_tokens(config: TrainConfig, params: PyTree, source: Source) -> int:
+    """The tokens of an image, once its channels and size are known to fit the parameters."""
+    shape = output_shape(source, config.data)
+    rows, columns = patch_grid(config.model, shape)
+    channels = params["embedding"]["kernel"].shape[2]
+    if shape[2] != channels:
+        raise ValueError(f"{source.name} has {shape[2]} channels, the checkpoint was trained on {channels}")
+    if config.model.posemb == "learned" and rows * columns != (learned := params["pos_embedding"].shape[1]):
+        raise ValueError(
+            f"{source.name} at {shape[0]}x{shape[1]} has {rows * columns} patches, the checkpoint has positions for "
+            f"{learned}: set data.image_size to the size it was trained on"
+        )
+    return rows * columns + config.model.num_prefix_tokens
 
 
 def _with_attention(model: ModelConfig, spec: AttentionSpec) -> ModelConfig:
     return dataclasses.replace(model, attention=spec, attention_by_layer=())
 
 
-def _row(config, source, model, num_tokens, total, seconds) -> dict[str, Any]:
+def _row(config, source, model, num_tokens, head_dim, total, seconds) -> dict[str, Any]:
     spec, count = model.attention, int(total["count"])
     mixed = len(set(attention_specs(model))) > 1
     return {
@@ -176,7 +206,7 @@ def _row(config, source, model, num_tokens, total, seconds) -> dict[str, Any]:
         "model": config.model.variant,
         "tokens": num_tokens,
         "attention": "by layer" if mixed else spec.method,
-        "k": num_tokens if spec.method == "dense" or spec.k is None else spec.k,
+        "k": num_tokens if spec.method == "dense" else num_kept(spec, num_tokens, head_dim),
         "trained_with": describe(config.model.attention) + (" by layer" if config.model.attention_by_layer else ""),
         "accuracy": float(total["top1"]) / count,
         "examples": count,

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -17,17 +18,17 @@ from jax.sharding import Mesh
 
 from levattn.data import Source, open_source, output_shape, train_batches
 from levattn.models import ViT
-from levattn.training.checkpoint import Checkpointer
+from levattn.training.checkpoint import Checkpointer, has_checkpoint
 from levattn.training.config import TrainConfig, to_dict
 from levattn.training.estimate import estimate
 from levattn.training.export import export_params
-from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, with_params_of
+from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, read_fitting, with_params_of
 from levattn.training.metrics import MetricWriter, Progress
 from levattn.training.optim import make_optimizer
 from levattn.training.sharding import check_batch_size, make_mesh, put_batch
 from levattn.training.state import TrainState, create_state, init_state, plan_state
 from levattn.training.step import evaluate, make_eval_step, make_train_step
-from levattn.training.workdir import prepare_workdir, read_config
+from levattn.training.workdir import prepare_workdir, record_run
 
 PROFILE_FOLDER = "profile"
 
@@ -54,28 +55,28 @@ def train(
       The last metrics: `train/...` (absent if no step was left to take) and `eval/...`. Empty after a dry run.
 
     Raises:
-      ValueError: Naming what does not fit: batch and devices, classes of data and model, patches and images.
-      OSError: Data that are missing, a workdir that cannot be written.
+      ValueError: Naming what does not fit: batch and devices, classes of data and model, patches and images, the
+        checkpoint to go on from and the config. What was in the workdir stays as it was.
+      OSError: Data or parameters to start from that are missing, a workdir that cannot be written.
     """
-    run = _prepare(config)
+    run = _prepare(config, Path(workdir))
     if dry_run:
         return {}
-    changes = _changes(read_config(workdir), to_dict(config))
-    workdir = prepare_workdir(workdir, to_dict(config))
-    plan = plan_state(run.init_fn, run.mesh, config.mesh.fsdp_min_size)
-    train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, plan)
+    workdir = prepare_workdir(workdir)
+    train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, run.plan)
     eval_step = make_eval_step(config, run.model, run.mesh)
 
     with contextlib.ExitStack() as stack:
         kept = config.checkpoint
         checkpointer = stack.enter_context(
-            Checkpointer(workdir / CHECKPOINT_FOLDER, kept.keep_last, kept.keep_best, best_metric=kept.metric)
+            Checkpointer(workdir / CHECKPOINT_FOLDER, kept.keep_last, kept.keep_best, kept.metric, kept.best_mode)
         )
-        state, start_step = _start(config, run, plan, checkpointer)
+        state, start_step, message = _start(config, run, checkpointer)
+        record_run(workdir, to_dict(config))
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
         progress = stack.enter_context(Progress(run.total_steps, config.batch_size, start_step))
-        if start_step:
-            progress.log(f"going on from step {start_step} of {run.total_steps}{changes}")
+        if message:
+            progress.log(message)
         batches = _train_batches(config, run.train_source, start_step)
         stack.callback(batches.close)
         profiler = stack.enter_context(_Profiler(workdir / PROFILE_FOLDER, start_step, enabled=profile))
@@ -83,7 +84,8 @@ def train(
         def evaluate_now(step: int) -> dict[str, float]:
             with progress.paused():
                 metrics = evaluate(eval_step, state.eval_params, run.eval_source, config, run.mesh)
-            writer.write(step, _prefixed("eval", metrics))
+            if step > start_step:  # else nothing was trained, and the line is there from before
+                writer.write(step, _prefixed("eval", metrics))
             progress.log("  ".join([f"eval {step}/{run.total_steps}", *(f"{k} {v:.4g}" for k, v in metrics.items())]))
             return metrics
 
@@ -130,9 +132,10 @@ class _Run:
     schedule_fn: optax.Schedule
     total_steps: int
     init_fn: Callable[[jax.Array], TrainState]
+    plan: TrainState
 
 
-def _prepare(config: TrainConfig) -> _Run:
+def _prepare(config: TrainConfig, workdir: Path) -> _Run:
     """Opens and checks everything, and prints what the run will cost."""
     mesh = make_mesh(config.mesh)
     check_batch_size(config.batch_size, mesh, config.accumulate_steps)
@@ -159,16 +162,51 @@ def _prepare(config: TrainConfig) -> _Run:
     if jax.process_index() == 0:
         cost.show()
     init_fn = functools.partial(init_state, model=model, image_shape=image_shape, tx=tx, ema=ema)
-    return _Run(mesh, *sources, model, tx, schedule_fn, total_steps, init_fn)
+    plan = plan_state(init_fn, mesh, config.mesh.fsdp_min_size)
+    if config.init_from is not None and not has_checkpoint(workdir / CHECKPOINT_FOLDER):
+        read_fitting(plan.params, config.init_from)  # read again when there is a state to put it into
+    return _Run(mesh, *sources, model, tx, schedule_fn, total_steps, init_fn, plan)
 
 
-def _start(config: TrainConfig, run: _Run, plan: TrainState, checkpointer: Checkpointer) -> tuple[TrainState, int]:
-    """The state to go on from and its step: the newest checkpoint, a fine-tuning start, or a fresh one."""
+def _start(config: TrainConfig, run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, int, str]:
+    """The state to go on from, its step and what to say of it: the newest checkpoint, a fine-tuning start, or new."""
     step = checkpointer.latest_step()
     if step is not None:
-        return checkpointer.restore(plan), step
-    state = create_state(run.init_fn, plan, config.seed)
-    return (state if config.init_from is None else with_params_of(state, config.init_from)), 0
+        changes = _check_continues(config, run.total_steps, checkpointer, step)
+        return checkpointer.restore(run.plan), step, f"going on from step {step} of {run.total_steps}{changes}"
+    state = create_state(run.init_fn, run.plan, config.seed)
+    if config.init_from is None:
+        return state, 0, ""
+    state, kept = with_params_of(state, config.init_from)
+    exception = f"; {', '.join(kept)}: not there in this shape, left at initial values" if kept else ""
+    return state, 0, f"starting from the parameters of {config.init_from!r}{exception}"
+
+
+def _check_continues(config: TrainConfig, total_steps: int, checkpointer: Checkpointer, step: int) -> str:
+    """Refuses to go on from a checkpoint as another run than it was saved by; returns the other changes, to be shown.
+
+    What the step stands for, the data seen so far, depends on the seed, the batch size and the data.
+    """
+    where = f"the checkpoint of step {step} in {str(checkpointer.directory)!r}"
+    if step > total_steps:
+        raise ValueError(
+            f"{where} is past {total_steps=}: set a larger total_steps (or total_epochs), or use another workdir"
+        )
+    saved = (checkpointer.read_extra(step) or {}).get("config", {})
+    old, new = (flatten_dict(json.loads(json.dumps(fields)), sep=".") for fields in (saved, to_dict(config)))
+    # A field that only one of them has came or went with a version of this package: unknown, not changed.
+    changed = {name: f"{name}: {old[name]} -> {new[name]}" for name in old if name in new and old[name] != new[name]}
+    refused = [
+        line
+        for name, line in changed.items()
+        if name.partition(".")[0] in ("seed", "batch_size", "model", "data") and name != "data.num_workers"
+    ]
+    if refused:
+        raise ValueError(
+            "\n  ".join([f"{where} is of a run with another config:", *refused])
+            + "\nUse another workdir; with init_from it can start from the parameters of a finished run."
+        )
+    return f", with changed {', '.join(changed.values())}" if changed else ""
 
 
 def _train_batches(config: TrainConfig, source: Source, start_step: int):
@@ -215,12 +253,3 @@ def _is_due(step: int, interval: int | None) -> bool:
 
 def _prefixed(prefix: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
-
-
-def _changes(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> str:
-    """Which fields differ from those that the workdir was made with, for the person who resumes it."""
-    if old is None:
-        return ""
-    old, new = (flatten_dict(json.loads(json.dumps(config)), sep=".") for config in (old, new))
-    changed = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
-    return f", with changed {', '.join(changed)}" if changed else ""

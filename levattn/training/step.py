@@ -114,7 +114,9 @@ def make_eval_step(config: TrainConfig, model: nn.Module, mesh: Mesh) -> Callabl
     num_classes = config.model.num_classes
 
     def eval_step(params, batch: Batch) -> Metrics:
-        logits = model.apply({"params": params}, normalize(batch["image"], config.data), train=False)
+        # Methods that draw at random get a stream: without one every layer would draw the same keys.
+        rngs = {"selection": jax.random.key(config.seed)}
+        logits = model.apply({"params": params}, normalize(batch["image"], config.data), train=False, rngs=rngs)
         labels, mask = batch["label"], batch["mask"]
         _, ranked = jax.lax.top_k(logits.astype(jnp.float32), min(5, num_classes))
         hits = ranked == labels[:, None]

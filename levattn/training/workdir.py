@@ -21,15 +21,11 @@ VERSIONS_FILE = "versions.json"
 _PACKAGES = ("levattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def prepare_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
-    """Makes the folder of a run, proves that this process can write there, and records the config and `provenance`.
-
-    An earlier `config.json` is replaced: to compare it with the new one, call `read_config` first. Every process
-    of a run calls this; process 0 writes the records.
+def prepare_workdir(path: str | os.PathLike) -> Path:
+    """Makes the folder of a run and proves that this process can write there. What is in it stays as it is.
 
     Args:
       path: The folder; its parents are made too.
-      config: The resolved config, JSON serialisable.
 
     Returns:
       The absolute path.
@@ -48,14 +44,26 @@ def prepare_workdir(path: str | os.PathLike, config: Mapping[str, Any]) -> Path:
             f"workdir {str(path)!r} cannot be written ({error.strerror or error}): "
             "give --workdir a folder that you own, on a disk with free space"
         ) from error
-    if jax.process_index() == 0:
-        write_json(path / CONFIG_FILE, config)
-        write_json(path / VERSIONS_FILE, provenance())
     return path
 
 
+def record_run(workdir: Path, config: Mapping[str, Any]) -> None:
+    """Writes the config and `provenance` into a prepared workdir, in place of those of an earlier run.
+
+    To be called once it is certain that the run goes ahead, as the old records belong to the old checkpoints. Every
+    process of a run may call this; process 0 writes.
+
+    Args:
+      workdir: From `prepare_workdir`.
+      config: The resolved config, JSON serialisable.
+    """
+    if jax.process_index() == 0:
+        write_json(workdir / CONFIG_FILE, config)
+        write_json(workdir / VERSIONS_FILE, provenance())
+
+
 def read_config(workdir: str | os.PathLike) -> dict[str, Any] | None:
-    """The config that `prepare_workdir` recorded, or None where it has not been called.
+    """The config that `record_run` wrote, or None where it has not been called.
 
     Raises:
       ValueError: The file is there but is not JSON.
