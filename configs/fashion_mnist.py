@@ -3,7 +3,8 @@
     python train.py --config configs/fashion_mnist.py:attention=leverage,k=32 --workdir runs/fmnist_leverage
     python train.py --config configs/fashion_mnist.py:attention=leverage,k=32,patch=1 --workdir runs/fmnist_785
 
-Hardware, wall time and accuracy: see `results/fashion_mnist/` and the README; at 785 tokens unmeasured.
+Hardware: one H100.  197 tokens: wall time 2 minutes dense, 2.5 minutes leverage k=32, a minute of it compilation; test
+accuracy 91.2 % and 89.2 % (one seed, `results/fashion_mnist/`).  785 tokens: unmeasured.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, patch=2, variant="S", epochs=10, dtype="bfloat16", **common.ATTENTION)
+    arg = common.parse_arg(arg, patch=2, variant="S", epochs=8, dtype="bfloat16", **common.ATTENTION)
     config = common.new_config(arg)
     config.batch_size = 512
     config.total_epochs = float(arg.epochs)

@@ -4,7 +4,8 @@
 
 `source=fashion_mnist` trains the same model on Fashion-MNIST in patches of 4x4 (49 tokens and a class token).
 
-Hardware: two CPU cores.  Wall time and accuracy: see the README's quickstart table.
+Hardware: two CPU cores.  Digits: wall time 90 s dense, 70 s leverage k=16; test accuracy 99.2 % and 97.8 % (one seed,
+`results/quickstart/`).  Fashion-MNIST: unmeasured.
 """
 
 from ml_collections import ConfigDict
