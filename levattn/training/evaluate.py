@@ -123,8 +123,8 @@ def evaluate_attention(
 ) -> list[dict[str, Any]]:
     """Top-1, top-5 and loss under each attention, every example counted exactly once.
 
-    Each batch is read once and run under every attention in turn, so that all see the same images under the same load of the
-    machine. Seconds are those of the computation, from batch on device to sums on host, without compilation.
+    Each batch is read once and run under every attention in turn, so that all see the same images under the same load
+    of the machine. Seconds are those of the computation, from batch on device to sums on host, without compilation.
 
     Args:
       config: Of the run that made the parameters.
