@@ -9,7 +9,6 @@ With JPEG files made on the spot it also compares decoders, with their largest d
 
 import argparse
 import io
-import json
 import os
 import tempfile
 import time
@@ -23,6 +22,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from levattn.data import DataConfig, decode_image, open_source, train_batches
+from levattn.training.workdir import provenance, write_json
 
 JPEG_BYTES = 97_000  # About what ImageNet's training files have; most are 500 x 375.
 NUM_JPEGS = 128
@@ -59,7 +59,7 @@ def main() -> None:
             result["decoders"] = compare_decoders(files, args.seconds / 4)
         result |= throughput(args, f"folder:{folder}" if args.source == "jpeg" else args.source)
     if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(args.out, {"provenance": provenance(), **result})
 
 
 def throughput(args: argparse.Namespace, source_name: str) -> dict[str, float | int | str]:
