@@ -5,9 +5,9 @@
       python train.py --config configs/imagenet.py:variant=$v,attention=leverage,k=$k --workdir runs/$v-$k; done; done
 
 The paper does not publish its recipe. This is the nearest public one, big_vision's for ViT-S/16 on ImageNet-1k (90
-epochs, batch 1024, Adam, learning rate 1e-3, weight decay 1e-4, RandAugment(2, 10), MixUp 0.2, clipping at 1), with a
-class token and learned positions as in the paper; `pool=gap,posemb=sincos2d` is big_vision's own. Prepare the data with
-`python scripts/prepare_imagenet.py --help`.
+epochs, batch 1024, Adam, learning rate 1e-3, weight decay 1e-4, RandAugment(2, 10), MixUp 0.2, clipping at 1), with the
+class token of the paper's 197 tokens and learned positions, which are a guess; `pool=gap,posemb=sincos2d` is its own.
+Prepare the data with `python scripts/prepare_imagenet.py --help`.
 
 Hardware: made for 8 or more accelerators; `accumulate=4` divides the memory of activations by 4.
 Wall time and accuracy: unmeasured.
