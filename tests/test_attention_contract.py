@@ -16,6 +16,8 @@ lev_attention = jax.jit(attention.lev_attention, static_argnames=("spec", "grid"
 
 BATCH, TOKENS, HEADS, WIDTH, KEPT = 2, 21, 3, 8, 6
 SELECTING = [name for name in METHODS if name != "dense"]
+MERGING = ["leverage_merged", "leverage_groups", "groups", "matched"]  # their slots: tests/test_attention_merge.py
+KEEPING = [name for name in METHODS if name not in MERGING]
 
 
 def _inputs(seed=0, dtype=jnp.float32, tokens=TOKENS):
@@ -43,6 +45,7 @@ def test_shapes_and_types(method):
     assert jnp.issubdtype(coreset.indices.dtype, jnp.integer)
 
 
+@pytest.mark.parametrize("method", KEEPING)
 def test_kept_keys_are_the_keys_at_their_indices_and_no_index_comes_twice(method):
     query, key, value = _inputs()
     coreset = _coreset(query, key, value, AttentionSpec(method, k=KEPT))
@@ -55,6 +58,7 @@ def test_kept_keys_are_the_keys_at_their_indices_and_no_index_comes_twice(method
             np.testing.assert_array_equal(coreset.values[b, rows, h], value[b, indices, h])
 
 
+@pytest.mark.parametrize("method", KEEPING)
 def test_output_is_softmax_attention_over_the_kept_keys(method):
     query, key, value = _inputs()
     spec = AttentionSpec(method, k=KEPT)
@@ -81,7 +85,10 @@ def test_a_token_mask_equals_leaving_the_tokens_out(method):
     # NaN in the padding shows if it is looked at, or only multiplied by a weight of zero.
     padded_key, padded_value = (x.at[:, -7:].set(jnp.nan) for x in (key, value))
     out = lev_attention(query, padded_key, padded_value, spec, mask=jnp.asarray(mask))
-    if method == "random":  # draws by shape: only that nothing masked is seen can be asked
+    if method in (
+        "random",
+        "matched",
+    ):  # draw or place landmarks by shape: only that nothing masked is seen can be asked
         assert np.all(np.isfinite(out))
         return
     # The oracle ranks by what all queries see, the others by keys alone.
@@ -127,11 +134,12 @@ def test_a_threshold_bounds_the_number_kept_by_width_over_eps(method):
         coreset = _coreset(query, key, value, AttentionSpec(method, k=None, eps=eps))
         assert coreset.indices.shape[-1] == min(TOKENS, int(WIDTH / eps))
         wide = _coreset(query, key, value, AttentionSpec(method, k=TOKENS, eps=eps))
-        # The slots that the bound leaves out hold nothing above the threshold (k-means chooses K anew for each K).
-        if method != "kmeans":
+        # The slots that the bound leaves out hold nothing above the threshold (grouping chooses anew for each K).
+        if method != "kmeans" and method not in MERGING:
             np.testing.assert_array_equal(jnp.sum(coreset.valid, -1), jnp.sum(wide.valid, -1))
 
 
+@pytest.mark.parametrize("method", KEEPING)
 def test_gradients_reach_queries_keys_and_values_of_kept_keys_only(method):
     query, key, value = _inputs()
     spec = AttentionSpec(method, k=KEPT)

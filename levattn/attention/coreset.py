@@ -20,6 +20,7 @@ class Coreset:
       log_weights: Added to the logits of each key; log(count) for a group of merged keys, 0 for a key itself.
       indices: Position of each key among the S; -1 for a merged key, which has none.
       valid: False for slots that hold no key (fewer keys above the threshold, or fewer unmasked, than K).
+      assignment: Of methods that merge, the slot that each of the S keys belongs to, -1 for none.
     """
 
     keys: Float[Array, "B K H D"]
@@ -27,6 +28,7 @@ class Coreset:
     log_weights: Float[Array, "B H K"]
     indices: Int[Array, "B H K"]
     valid: Bool[Array, "B H K"]
+    assignment: Int[Array, "B H S"] | None = None
 
 
 def gather(

@@ -7,9 +7,9 @@ from jaxtyping import Array, Bool, Float
 from levattn.attention.coreset import Coreset, zero_masked
 
 
-def dense(query, key, value, *, spec=None, mask=None, rng=None) -> Coreset:
+def dense(query, key, value, *, spec=None, mask=None, rng=None, grid=None) -> Coreset:
     """Keeps all S keys in their order; cost of attending to them: 4 B H T S D operations."""
-    del query, spec, rng
+    del query, spec, rng, grid
     batch, num_keys, heads, _ = key.shape
     shape = (batch, heads, num_keys)
     indices = jnp.broadcast_to(jnp.arange(num_keys), shape)

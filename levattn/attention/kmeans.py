@@ -12,7 +12,7 @@ from levattn.attention.select import num_kept
 from levattn.core.leverage import centre_keys
 
 
-def kmeans(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
+def kmeans(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
     """One key per cluster of keys, seeded by farthest points, then `spec.num_iters` Lloyd steps.
 
     The always-kept keys stay outside the clustering. A threshold eps drops clusters whose share of the keys is below

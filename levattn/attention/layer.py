@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Key, Shaped
 from levattn.attention.coreset import Coreset, attend
 from levattn.attention.dense import attend_dense
 from levattn.attention.local import attend_with_window
+from levattn.attention.matched import settle
 from levattn.attention.registry import get_method
 from levattn.attention.scored import dense_probabilities
 from levattn.attention.select import is_selected
@@ -46,7 +47,8 @@ def lev_attention(
     """
     if spec.method == "dense":
         return attend_dense(query, key, value, mask)
-    coreset = get_method(spec.method)(query, key, value, spec=spec, mask=mask, rng=rng)
+    spec = settle(spec, key.shape[1], grid)
+    coreset = get_method(spec.method)(query, key, value, spec=spec, mask=mask, rng=rng, grid=grid)
     return attend_coreset(query, key, value, coreset, spec, mask=mask, grid=grid)
 
 
@@ -102,7 +104,8 @@ class LevAttention:
         return lev_attention(query, key, value, self.spec, mask=mask, grid=self.grid, rng=self.rng)
 
     def _sow(self, module, query, key, value, mask):
-        coreset = get_method(self.spec.method)(query, key, value, spec=self.spec, mask=mask, rng=self.rng)
+        spec = settle(self.spec, key.shape[1], self.grid)
+        coreset = get_method(spec.method)(query, key, value, spec=spec, mask=mask, rng=self.rng, grid=self.grid)
         kept = is_selected(coreset.indices, coreset.valid, key.shape[1])
         mass = jnp.sum(dense_probabilities(query, key, mask), axis=-1, where=kept[:, :, None])
         found = {

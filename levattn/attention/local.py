@@ -1,29 +1,45 @@
 """Local tokens: each query also sees the keys in a window around it, besides the coreset of its head."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from levattn.attention.coreset import Coreset, zero_masked
+from levattn.attention.merge import slot_sizes
 from levattn.attention.select import is_selected
 from levattn.attention.spec import AttentionSpec
 
+Window = int | tuple[int, int] | Literal["cross"]
+
+_CROSS = (1, 3, 4, 5, 7)  # Of the nine places of a 3 x 3 window.
+
+
+def window_size(window: Window) -> int:
+    """Tokens in a window that reaches over no edge."""
+    if window == "cross":
+        return len(_CROSS)
+    return window if isinstance(window, int) else window[0] * window[1]
+
 
 def window_neighbours(
-    num_tokens: int, window: int | tuple[int, int], prefix: int, grid: tuple[int, int] | None
+    num_tokens: int, window: Window, prefix: int, grid: tuple[int, int] | None
 ) -> Int[np.ndarray, "T W"]:
     """The tokens in each token's window; -1 where the window reaches over an edge.
 
     Args:
       num_tokens: Length of the sequence, leading tokens included.
-      window: Tokens along the sequence (odd), or rows and columns of patches (odd).
+      window: Tokens along the sequence (odd), rows and columns of patches (odd), or "cross".
       prefix: Leading tokens that are no patches. In a 2-D window they have no neighbours and are none.
       grid: Rows and columns of patches; needed for a 2-D window.
 
     Raises:
       ValueError: If the grid is missing or does not hold num_tokens - prefix patches.
     """
+    if window == "cross":
+        return window_neighbours(num_tokens, (3, 3), prefix, grid)[:, _CROSS]
     if isinstance(window, int):
         offsets = np.arange(window) - window // 2
         places = np.arange(num_tokens)[:, None] + offsets
@@ -53,6 +69,8 @@ def attend_with_window(
 ) -> Float[Array, "B T H D"]:
     """One softmax over the coreset of the head and the window of the query; a key in both counts once.
 
+    Where the coreset holds merged keys, a slot counts for a query less those of its members that are in the window.
+
     Args:
       query: Queries, of the same tokens as the keys.
       key: All keys.
@@ -73,18 +91,26 @@ def attend_with_window(
     exists = jnp.ones(key.shape[:2], bool) if mask is None else mask
     key, value = zero_masked(mask, key, value)
     # A window key that the coreset holds already would be counted twice.
-    free = exists[:, None] & ~is_selected(coreset.indices, coreset.valid, num_tokens)
+    free = exists[:, None]
+    if coreset.assignment is None:
+        free &= ~is_selected(coreset.indices, coreset.valid, num_tokens)
     scale = query.shape[-1] ** -0.5
 
     @jax.checkpoint  # the backward pass gathers again rather than keep W copies of the keys
     def one_offset(_, places):
         logits = jnp.einsum("bthd,bthd->bht", query, key[:, places], preferred_element_type=jnp.float32)
-        return None, (logits * scale, free[:, :, places] & (places >= 0))
+        valid = jnp.broadcast_to(free, (*free.shape[:2], num_tokens))[:, :, places] & (places >= 0)
+        return None, (logits * scale, jnp.broadcast_to(valid, logits.shape))
 
     _, (local_logits, local_valid) = jax.lax.scan(one_offset, None, neighbours.T)
     logits = jnp.einsum("bthd,bkhd->kbht", query, coreset.keys, preferred_element_type=jnp.float32) * scale
     logits += jnp.moveaxis(coreset.log_weights, -1, 0)[..., None]
     valid = jnp.broadcast_to(jnp.moveaxis(coreset.valid, -1, 0)[..., None], logits.shape)
+    if coreset.assignment is not None:
+        remaining = jnp.moveaxis(remaining_sizes(coreset, neighbours), -1, 0)
+        valid &= remaining > 0
+        share = jnp.maximum(remaining, 1) / jnp.maximum(jnp.moveaxis(slot_sizes(coreset), -1, 0), 1)[..., None]
+        logits += jnp.log(share)
     probs = jax.nn.softmax(
         jnp.concatenate([logits, local_logits]), axis=0, where=jnp.concatenate([valid, local_valid])
     ).astype(query.dtype)
@@ -99,3 +125,17 @@ def attend_with_window(
 
     total, _ = jax.lax.scan(add_offset, heavy, (neighbours.T, probs[num_heavy:]))
     return total
+
+
+def remaining_sizes(coreset: Coreset, neighbours: Int[np.ndarray, "T W"]) -> Float[Array, "B H T K"]:
+    """Members of each slot of a merged coreset that are not among the neighbours of a token."""
+    slots = jnp.arange(coreset.valid.shape[-1])
+    assignment = coreset.assignment
+
+    def without(sizes, places):
+        member = jnp.where(places >= 0, assignment[:, :, places], -1)
+        return sizes - (member[..., None] == slots), None
+
+    sizes = slot_sizes(coreset)[:, :, None]
+    sizes = jnp.broadcast_to(sizes, (*sizes.shape[:2], len(neighbours), len(slots)))
+    return jax.lax.scan(without, sizes, neighbours.T)[0]

@@ -1,4 +1,4 @@
-"""The methods by name. A method is a function (query, key, value, *, spec, mask, rng) -> Coreset and one line here."""
+"""The methods by name: functions (query, key, value, *, spec, mask, rng, grid) -> Coreset. A new one is a line here."""
 
 import difflib
 from typing import Protocol, runtime_checkable
@@ -7,7 +7,9 @@ from jaxtyping import Array, Bool, Float, Key
 
 from levattn.attention.coreset import Coreset
 from levattn.attention.dense import dense
+from levattn.attention.groups import groups, leverage_groups, leverage_merged
 from levattn.attention.kmeans import kmeans
+from levattn.attention.matched import matched
 from levattn.attention.scored import leverage, oracle, random, row_norm
 from levattn.attention.spec import AttentionSpec
 
@@ -23,6 +25,7 @@ class Method(Protocol):
       spec: The options, see `AttentionSpec`.
       mask: True for the tokens that exist.
       rng: For the methods that draw at random; None falls back on `spec.seed`.
+      grid: Rows and columns of patches, for the methods that look at neighbourhoods.
 
     Returns:
       A coreset of a static number of slots. Its indices carry no gradient, its keys and values do.
@@ -37,6 +40,7 @@ class Method(Protocol):
         spec: AttentionSpec,
         mask: Bool[Array, "B S"] | None = None,
         rng: Key[Array, ""] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Coreset: ...
 
 
@@ -47,6 +51,10 @@ METHODS: dict[str, Method] = {
     "random": random,
     "kmeans": kmeans,
     "oracle": oracle,
+    "leverage_merged": leverage_merged,
+    "leverage_groups": leverage_groups,
+    "groups": groups,
+    "matched": matched,
 }
 
 

@@ -12,7 +12,7 @@ from levattn.attention.select import select_by_score
 from levattn.core.leverage import centre_keys, leverage_scores
 
 
-def leverage(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
+def leverage(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
     """LevAttention: the keys of highest leverage score k_j^T (K^T K)^+ k_j.
 
     For squared-dot-product attention the keys with score >= eps contain every entry >= eps of the attention matrix,
@@ -25,7 +25,7 @@ def leverage(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
     return select_by_score(key, value, scores, spec, mask)
 
 
-def row_norm(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
+def row_norm(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
     """The longest keys. Cost: 2 B H S D operations. The paper's baseline; a leverage score that ignores correlation."""
     del query, rng
     frozen = jax.lax.stop_gradient(key)
@@ -34,7 +34,7 @@ def row_norm(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
     return select_by_score(key, value, _normalise(scores, key, mask), spec, mask)
 
 
-def random(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
+def random(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
     """Keys at random, drawn for each batch element and head: the floor that a score has to beat."""
     del query
     batch, num_keys, heads, _ = key.shape
@@ -43,7 +43,7 @@ def random(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
     return select_by_score(key, value, _normalise(scores, key, mask), spec, mask)
 
 
-def oracle(query, key, value, *, spec, mask=None, rng=None) -> Coreset:
+def oracle(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
     """The keys that receive the most dense softmax attention, summed over the queries.
 
     It computes the dense attention it would replace (2 B H T S D operations): a ceiling for scores that see one key

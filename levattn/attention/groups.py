@@ -1,0 +1,173 @@
+"""Compensated selection: what is not kept exactly is not dropped, it is merged into groups.
+
+Two keys may share a group when no query tells them apart and their values are alike. So keys are grouped in the
+coordinates of `grouping_points`: differences of logits as the queries at hand see them, and of values.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from levattn.attention.coreset import Coreset, zero_masked
+from levattn.attention.kmeans import farthest_points
+from levattn.attention.merge import half_variance, membership, merge
+from levattn.attention.scored import leverage
+from levattn.attention.select import is_selected, num_kept
+from levattn.core.leverage import centre_keys
+
+# A difference of values weighs half as much as one of logits, both relative to their mean square over the keys.
+_VALUE_WEIGHT = 0.5
+_RIDGE = 1e-4  # Of the mean of the queries' second moment: directions that no query has stay just visible.
+
+
+def leverage_merged(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
+    """The keys of highest leverage score, each merged with the keys nearest to it.
+
+    Cost: that of `leverage` and 12 B H S K D operations.
+    """
+    query, key, value = zero_padding(query, key, value, mask)
+    kept = leverage(query, key, value, spec=spec, mask=mask, rng=rng)
+    points, _ = grouping_points(query, key, value, mask)
+    chosen = jnp.take_along_axis(points, jnp.maximum(kept.indices, 0)[..., None], axis=2)
+    # A leading token stands for itself alone: what it does in its head no patch does.
+    stands_alone = (kept.indices < spec.keep_prefix)[:, :, None]
+    distances = squared_distances(points, chosen)
+    nearest = jnp.argmin(jnp.where(kept.valid[:, :, None] & ~stands_alone, distances, jnp.inf), axis=-1)
+    own_slot = jnp.argmax(_is_at(kept, key.shape[1]), axis=-1)
+    assignment = jnp.where(is_selected(kept.indices, kept.valid, key.shape[1]), own_slot, nearest)
+    return merge(key, value, _without_padding(assignment, mask), kept.valid.shape[-1])
+
+
+def leverage_groups(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
+    """Half of the slots for the keys of highest leverage score, exact; the rest of the keys in groups.
+
+    Cost: those of `leverage` and `groups`.
+    """
+    query, key, value = zero_padding(query, key, value, mask)
+    num_slots = num_kept(spec, key.shape[1], key.shape[3])
+    heavy = leverage(query, key, value, spec=spec, mask=mask, rng=rng)
+    num_heavy = min(num_slots, spec.keep_prefix + (num_slots - spec.keep_prefix) // 2)
+    alone = is_selected(heavy.indices[..., :num_heavy], heavy.valid[..., :num_heavy], key.shape[1])
+    return _grouped(query, key, value, alone, num_heavy, num_slots, spec, mask)
+
+
+def groups(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
+    """Groups of keys that the queries hardly tell apart and whose values are alike; leading tokens stay alone.
+
+    k-means seeded by farthest points, mean key and mean value, log count and half the variance of the logits as the
+    weight. A threshold eps only bounds the number of groups, by D / eps. Deterministic. Cost: about
+    8 B H S K D (2 + num_iters) operations, the seeding in K sequential steps.
+    """
+    del rng
+    query, key, value = zero_padding(query, key, value, mask)
+    alone = jnp.broadcast_to(jnp.arange(key.shape[1]) < spec.keep_prefix, _head_shape(key))
+    num_slots = num_kept(spec, key.shape[1], key.shape[3])
+    return _grouped(query, key, value, alone, min(spec.keep_prefix, num_slots), num_slots, spec, mask)
+
+
+def _grouped(query, key, value, alone, num_alone, num_slots, spec, mask) -> Coreset:
+    points, logit_points = grouping_points(query, key, value, mask)
+    grouped = ~alone & existing(key, mask)
+    assignment = jnp.zeros(_head_shape(key), int)
+    if num_slots > num_alone:
+        seeds = farthest_points(points, grouped, num_slots - num_alone)
+        centres = jnp.take_along_axis(points, seeds[..., None], axis=2)
+        assignment = nearest_after_lloyd(points, centres, grouped.astype(jnp.float32), spec.num_iters)
+    assignment = beside(assignment, alone, num_alone, mask)
+    return merge(key, value, assignment, num_slots, half_variance(logit_points, membership(assignment, num_slots)))
+
+
+def zero_padding(query, key, value, mask):
+    """Zeros for tokens that do not exist, the queries' included where these are of the same tokens."""
+    key, value = zero_masked(mask, key, value)
+    (query,) = zero_masked(mask if query.shape[1] == key.shape[1] else None, query)
+    return query, key, value
+
+
+def existing(key: Float[Array, "B S H D"], mask: Bool[Array, "B S"] | None) -> Bool[Array, "B H S"]:
+    """The mask of tokens for every head."""
+    return jnp.broadcast_to(True if mask is None else mask[:, None], _head_shape(key))
+
+
+def beside(
+    assignment: Int[Array, "B H S"], alone: Bool[Array, "B H S"], num_alone: int, mask: Bool[Array, "B S"] | None
+) -> Int[Array, "B H S"]:
+    """Slots of all keys: first those of the keys that stand alone, in their order, then those of the groups."""
+    alone_slot = jnp.cumsum(alone, axis=-1) - 1
+    return _without_padding(jnp.where(alone, alone_slot, num_alone + assignment), mask)
+
+
+def grouping_points(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S H D"],
+    value: Float[Array, "B S H D"],
+    mask: Bool[Array, "B S"] | None = None,
+) -> tuple[Float[Array, "B H S P"], Float[Array, "B H S D"]]:
+    """Keys in coordinates whose distances tell what merging two of them costs.
+
+    With M = mean over queries of q q^T / D = L L^T, the squared distance of two rows of K L is the mean squared
+    difference of their logits. Values are scaled to the spread of these and appended.
+
+    Args:
+      query: Queries; those of padding are zero.
+      key: Keys.
+      value: Values.
+      mask: True for the tokens that exist.
+
+    Returns:
+      The points, and their first D coordinates alone: those of the logits. No gradient flows to them. Cost:
+      2 B H (T + S) D^2 operations and a D x D Cholesky factor a head.
+    """
+    query, key, value = (jax.lax.stop_gradient(x).astype(jnp.float32) for x in (query, key, value))
+    head_dim = key.shape[-1]
+    second_moment = jnp.einsum("bthd,bthe->bhde", query, query, precision="highest") / head_dim
+    num_queries = query.shape[1]
+    if mask is not None and num_queries == key.shape[1]:
+        num_queries = jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None, None, None]
+    second_moment /= num_queries
+    ridge = _RIDGE * jnp.trace(second_moment, axis1=-2, axis2=-1)[..., None, None] / head_dim + 1e-30
+    factor = jnp.linalg.cholesky(second_moment + ridge * jnp.eye(head_dim))
+    logit_points = jnp.einsum("bshd,bhde->bhse", centre_keys(key, mask), factor)
+    values = jnp.swapaxes(centre_keys(value, mask), 1, 2)
+    spreads = [jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True) for x in (logit_points, values)]
+    scale = _VALUE_WEIGHT * jnp.sqrt(spreads[0] / jnp.where(spreads[1] > 0, spreads[1], 1))
+    return jnp.concatenate([logit_points, scale * values], axis=-1), logit_points
+
+
+def nearest_after_lloyd(
+    points: Float[Array, "B H S P"],
+    centres: Float[Array, "B H K P"],
+    weights: Float[Array, "B H S"],
+    num_iters: int,
+) -> Int[Array, "B H S"]:
+    """The nearest centre of each point after some steps of weighted k-means; points of weight 0 move no centre."""
+
+    def step(centres, _):
+        members = membership(jnp.argmin(squared_distances(points, centres), axis=-1), centres.shape[2])
+        members = members * weights[..., None]
+        mass = jnp.sum(members, axis=2)[..., None]
+        means = jnp.einsum("bhsk,bhsp->bhkp", members, points) / jnp.where(mass > 0, mass, 1)
+        return jnp.where(mass > 0, means, centres), None
+
+    centres, _ = jax.lax.scan(step, centres, None, length=num_iters)
+    return jnp.argmin(squared_distances(points, centres), axis=-1)
+
+
+def squared_distances(points: Float[Array, "B H S P"], centres: Float[Array, "B H K P"]) -> Float[Array, "B H S K"]:
+    """Up to the points' own squared norm, which no comparison between centres sees."""
+    cross = jnp.einsum("bhsp,bhkp->bhsk", points, centres)
+    return jnp.sum(jnp.square(centres), axis=-1)[:, :, None] - 2 * cross
+
+
+def _is_at(coreset: Coreset, num_keys: int) -> Bool[Array, "B H S K"]:
+    slots = jnp.where(coreset.valid, coreset.indices, -1)
+    return slots[:, :, None] == jnp.arange(num_keys)[:, None]
+
+
+def _without_padding(assignment, mask):
+    return assignment if mask is None else jnp.where(mask[:, None], assignment, -1)
+
+
+def _head_shape(key) -> tuple[int, int, int]:
+    batch, num_keys, heads, _ = key.shape
+    return batch, heads, num_keys

@@ -1,0 +1,181 @@
+"""Groups whose weights and values are fitted, so that a few landmark queries attend as they would densely.
+
+Three ideas, each for what the others miss:
+
+- Queries of self-attention often look at their own neighbourhood, and no coreset that all queries share holds every
+  neighbourhood. So each query sees its own token and the four around it exactly, and a group counts for it less those
+  of its members (`levattn.attention.local`).
+- Keys that many queries attend to deserve finer groups: k-means is weighted by the attention that a key receives
+  from the landmarks.
+- A group's weight and value are first guessed from its members, then corrected so that the landmarks, whose dense
+  attention is known, get the right mass from each group and the right output.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from levattn.attention.coreset import Coreset
+from levattn.attention.groups import beside, existing, grouping_points, nearest_after_lloyd, zero_padding
+from levattn.attention.local import remaining_sizes, window_neighbours, window_size
+from levattn.attention.merge import half_variance, membership, merge, slot_sizes
+from levattn.attention.select import num_kept
+from levattn.attention.spec import AttentionSpec
+
+_CROSS_MIN_K = 12  # With fewer keys, five for the neighbourhood leave too few for the rest.
+_MASS_STEPS = 2
+_MASS_FLOOR = 1e-3  # Rows of the attention matrix; a smaller mass is not told from none.
+_VALUE_RIDGE = 0.3  # Of the mean squared weight of a slot. Unit of the pull towards the values guessed from members.
+
+
+def settle(spec: AttentionSpec, num_keys: int, grid: tuple[int, int] | None) -> AttentionSpec:
+    """The spec with the defaults of `matched` in place, and the window's tokens taken off its k.
+
+    Leading tokens that are not on the grid are kept. Where the grid is known and no window is asked for, it is that
+    of a token and its four neighbours, or the token alone if k is below 12. Other methods: unchanged.
+
+    Args:
+      spec: As the user gives it; its k counts all keys that a query sees.
+      num_keys: Tokens of the sequence.
+      grid: Rows and columns of patches.
+
+    Raises:
+      ValueError: If the window leaves no key.
+    """
+    if spec.method != "matched" or spec.k is None or spec.k >= num_keys:
+        return spec
+    num_prefix, window = spec.keep_prefix, spec.local_window
+    if grid is not None and grid[0] * grid[1] <= num_keys:
+        num_prefix = max(num_prefix, num_keys - grid[0] * grid[1])
+        window = ("cross" if spec.k >= _CROSS_MIN_K else (1, 1)) if window is None else window
+    k = spec.k - (0 if window is None else window_size(window))
+    if k < max(num_prefix, 1):
+        raise ValueError(
+            f"k={spec.k} must exceed {window_size(window) if window else 0} keys of local_window={window} and "
+            f"{num_prefix} leading tokens: method 'matched' counts them in"
+        )
+    num_landmarks = spec.k if spec.num_landmarks is None else spec.num_landmarks
+    return dataclasses.replace(
+        spec, k=k, keep_prefix=num_prefix, local_window=window, num_landmarks=min(num_landmarks, num_keys)
+    )
+
+
+def matched(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
+    """Groups of keys, fitted to the dense attention of `spec.num_landmarks` queries at even distances.
+
+    With S keys, T queries and m landmarks, m = k by default, the cost is linear in S: dense attention of the
+    landmarks, 4 B H m S D operations; grouping, about 8 B H S K D (1 + num_iters); the fit, about B H m K (K + 6 D)
+    and a K x K solve a head. Deterministic, no step is sequential in K. A threshold eps only bounds the number of
+    groups, by D / eps.
+    """
+    del rng
+    query, key, value = zero_padding(query, key, value, mask)
+    num_keys, head_dim = key.shape[1], key.shape[3]
+    num_slots = num_kept(spec, num_keys, head_dim)
+    num_alone = min(spec.keep_prefix, num_slots)
+
+    num_landmarks = num_slots if spec.num_landmarks is None else min(spec.num_landmarks, query.shape[1])
+    landmarks = np.unique(np.linspace(0, query.shape[1] - 1, num_landmarks).astype(int))
+    neighbours = None
+    if spec.local_window is not None:
+        neighbours = window_neighbours(num_keys, spec.local_window, spec.keep_prefix, grid)[landmarks]
+    logits = _logits(query[:, landmarks], key)
+    probs = jax.nn.softmax(logits, where=existing(key, mask)[:, :, None])  # zeros, where there is no key at all
+    if mask is not None and query.shape[1] == num_keys:
+        probs = jnp.where(mask[:, None, landmarks, None], probs, 0)
+
+    points, logit_points = grouping_points(query, key, value, mask)
+    alone = jnp.broadcast_to(jnp.arange(num_keys) < num_alone, existing(key, mask).shape)
+    assignment = jnp.zeros(alone.shape, int)
+    if num_slots > num_alone:
+        # The smallest weight keeps a group from being empty of mass, where attention underflows.
+        received = jax.lax.stop_gradient(jnp.mean(probs, axis=2)) + 1e-6
+        weights = jnp.where(~alone & existing(key, mask), received, 0)
+        centres = _means_of_runs(points, weights, num_slots - num_alone)
+        assignment = nearest_after_lloyd(points, centres, weights, spec.num_iters)
+    assignment = beside(assignment, alone, num_alone, mask)
+    spread = half_variance(logit_points, membership(assignment, num_slots))
+    coreset = merge(key, value, assignment, num_slots, spread)
+    return _fit(query[:, landmarks], key, value, coreset, probs, logits, neighbours)
+
+
+def _means_of_runs(
+    points: Float[Array, "B H S P"], weights: Float[Array, "B H S"], num_runs: int
+) -> Float[Array, "B H K P"]:
+    """Weighted means of runs of tokens that follow one another, as many runs as asked for, of equal length."""
+    counted = weights > 0
+    rank = jnp.cumsum(counted, axis=-1) - 1
+    total = jnp.sum(counted, axis=-1, keepdims=True)
+    # As many tokens as runs, or fewer: a run each.
+    run = jnp.where(total > num_runs, rank * num_runs // jnp.maximum(total, 1), rank)
+    members = membership(jnp.where(counted, run, -1), num_runs) * weights[..., None]
+    mass = jnp.sum(members, axis=2)[..., None]
+    means = jnp.einsum("bhsk,bhsp->bhkp", members, points) / jnp.where(mass > 0, mass, 1)
+    return jnp.where(mass > 0, means, jnp.finfo(jnp.float32).max ** 0.25)  # a run of nothing is near to nothing
+
+
+def _fit(
+    query: Float[Array, "B M H D"],
+    key: Float[Array, "B S H D"],
+    value: Float[Array, "B S H D"],
+    coreset: Coreset,
+    probs: Float[Array, "B H M S"],
+    logits: Float[Array, "B H M S"],
+    neighbours: Int[np.ndarray, "M W"] | None,
+) -> Coreset:
+    """Corrects weights, then values, so that the landmarks' attention over the coreset is closer to dense."""
+    remaining = slot_sizes(coreset)[:, :, None] if neighbours is None else remaining_sizes(coreset, neighbours)
+    # What the members beyond the neighbourhood would weigh, each as much as its mean; `extra` comes on top.
+    fixed_logits = _logits(query, coreset.keys) + jnp.log(remaining)
+    values = jnp.swapaxes(value, 1, 2).astype(jnp.float32)
+    outputs = jnp.einsum("bhms,bhsd->bhmd", probs, values)
+    counts = jnp.sum(probs, axis=-1) > 0  # landmarks that exist
+    far, local_logits, local_output = probs, None, 0.0
+    if neighbours is not None:
+        is_near = np.zeros((len(neighbours), key.shape[1] + 1), bool)
+        is_near[np.arange(len(neighbours))[:, None], neighbours] = True  # -1: the column past the end
+        is_near = is_near[:, :-1]
+        far = jnp.where(is_near, 0, probs)
+        local_logits = jax.nn.logsumexp(jnp.where(is_near & (probs > 0), logits, -1e30), axis=-1)
+        near = jnp.where(is_near, probs, 0)
+        near = near / jnp.maximum(jnp.sum(near, axis=-1, keepdims=True), 1e-30)
+        local_output = jnp.einsum("bhms,bhsd->bhmd", near, values)
+    target_mass = jnp.sum(
+        jnp.einsum("bhms,bhsk->bhmk", far, membership(coreset.assignment, coreset.valid.shape[-1])), 2
+    )
+
+    def shares(extra):
+        """Of every slot, and of all local tokens together, in the attention of each landmark."""
+        slots = fixed_logits + extra[:, :, None]
+        if local_logits is None:
+            return jnp.where(counts[..., None], jax.nn.softmax(slots, where=jnp.isfinite(slots)), 0), 0.0
+        both = jnp.concatenate([slots, local_logits[..., None]], axis=-1)
+        both = jnp.where(counts[..., None], jax.nn.softmax(both, where=jnp.isfinite(both)), 0)
+        return both[..., :-1], both[..., -1:]
+
+    log_sizes = jnp.log(jnp.maximum(slot_sizes(coreset), 1))
+    extra = jax.lax.stop_gradient(coreset.log_weights - log_sizes)
+    for _ in range(_MASS_STEPS):
+        mass = jnp.sum(shares(extra)[0], axis=2)
+        extra += jax.lax.stop_gradient(jnp.log(target_mass + _MASS_FLOOR) - jnp.log(mass + _MASS_FLOOR))
+
+    slot_share, local_share = shares(extra)
+    slot_values = jnp.swapaxes(coreset.values, 1, 2).astype(jnp.float32)
+    missing = outputs - local_share * local_output - jnp.einsum("bhmk,bhkd->bhmd", slot_share, slot_values)
+    normal = jnp.einsum("bhmk,bhml->bhkl", slot_share, slot_share)
+    num_slots = normal.shape[-1]
+    ridge = _VALUE_RIDGE * jnp.trace(normal, axis1=-2, axis2=-1)[..., None, None] / num_slots + 1e-20
+    factor = jax.scipy.linalg.cho_factor(normal + ridge * jnp.eye(num_slots))
+    slot_values += jax.scipy.linalg.cho_solve(factor, jnp.einsum("bhmk,bhmd->bhkd", slot_share, missing))
+    return coreset.replace(
+        values=jnp.swapaxes(slot_values, 1, 2).astype(value.dtype),
+        log_weights=extra + log_sizes,
+    )
+
+
+def _logits(query, key) -> Float[Array, "B H M S"]:
+    logits = jnp.einsum("bmhd,bshd->bhms", query, key, preferred_element_type=jnp.float32)
+    return logits * query.shape[-1] ** -0.5
