@@ -7,3 +7,11 @@ from levattn.attention import LevSelfAttention as LevSelfAttention
 from levattn.attention import attend as attend
 from levattn.attention import lev_attention as lev_attention
 from levattn.core import leverage_scores as leverage_scores
+
+
+def __getattr__(name: str):
+    if name == "load_pretrained":  # brings the data pipeline and the checkpoints along: only for who asks
+        from levattn.training.pretrained import load_pretrained
+
+        return load_pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from levattn.analysis import markdown_table, print_table, read_results, tidy_rows, write_results
+from levattn.analysis import markdown_table, print_by_layer, print_table, read_results, tidy_rows, write_results
 from levattn.analysis.rows import COLUMNS, is_as_trained
 from levattn.attention.registry import METHODS
 
@@ -62,7 +62,7 @@ def test_rows_read_back_from_csv_are_the_rows_written(rows, tmp_path_factory):
     assert read_results(folder / "results.csv") == written
     assert json.loads((folder / "results.json").read_text()) == {"provenance": {"command": "test"}, "rows": written}
     with (folder / "results.csv").open(newline="") as file:
-        assert next(csv.reader(file)) == list(COLUMNS)
+        assert next(csv.reader(file)) == [column for column in COLUMNS if any(r[column] is not None for r in written)]
 
 
 @given(rows=rows_strategy)
@@ -147,6 +147,37 @@ def test_a_loss_that_diverged_is_an_empty_cell_not_a_crash_after_a_long_evaluati
     assert read_results(tmp_path / "results.csv")[0]["loss"] is None
 
 
+def test_rows_of_a_probe_need_no_accuracy_and_the_best_of_them_is_the_best_probe(tmp_path, monkeypatch):
+    """They come back from the CSV without the columns of a classification, and with their own."""
+    probes = [
+        row("dense", 65, probe=0.9, probe_std=0.01, knn=0.8, cosine=1.0, error=0.0, ms_per_image=0.2),
+        row("random", probe=0.25, probe_std=0.01, knn=0.2, cosine=0.5, error=0.7, ms_per_image=0.1),
+    ]
+    probes = [r | dict.fromkeys(("accuracy", "top5", "loss", "images_per_second")) for r in probes]
+    written = write_results(probes, tmp_path, record={}, error_by_layer={"dense": [0.0]})
+    assert read_results(tmp_path / "results.csv") == written
+    header = (tmp_path / "results.csv").read_text().splitlines()[0].split(",")
+    assert header[6:] == ["examples", "seconds", "probe", "probe_std", "knn", "cosine", "error", "ms_per_image"]
+    assert json.loads((tmp_path / "results.json").read_text())["error_by_layer"] == {"dense": [0.0]}
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "150"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = io.StringIO()
+    print_table(probes, file)
+    (bold,) = (line for line in file.getvalue().splitlines() if re.search(r"\x1b\[1m[^\x1b]*\d\d\.\d\d", line))
+    assert "90.00" in bold
+    with pytest.raises(ValueError, match=r"accuracy=None must be .* probe or cosine"):
+        tidy_rows([row(accuracy=None)])
+    with pytest.raises(ValueError, match=r"probe=1\.5 must be a fraction"):
+        tidy_rows([row(probe=1.5)])
+
+
+def test_a_table_by_layer_shows_every_layer():
+    file = io.StringIO()
+    print_by_layer("errors", {"k": [4, 12], "error": [0.5, 0.25]}, file)
+    assert re.search(r"0 +4 +0\.500\s+1 +12 +0\.250", file.getvalue())
+
+
 def test_another_csv_is_refused_by_its_name(tmp_path):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match=r"other\.csv.*not a table of results"):
@@ -180,7 +211,7 @@ def test_the_markdown_table_says_what_the_rows_say(rows):
         for name in ("tokens", "k", "examples"):
             assert int(shown[name]) == true[name]
         assert float(shown["accuracy %"]) == pytest.approx(100 * true["accuracy"], abs=0.00501)
-        assert (shown["loss"] == "") == (true["loss"] is None)
+        assert (shown.get("loss", "") == "") == (true["loss"] is None)
 
 
 def test_the_printed_table_is_plain_text_of_whole_cells_where_there_is_no_terminal(monkeypatch):

@@ -75,8 +75,6 @@ def test_equal_keys_in_one_slot_cost_nothing(method):
     which = np.random.default_rng(1).permutation(np.arange(40) % 5)
     query, key, value = (x[:, which] for x in distinct)
     spec = AttentionSpec(method, k=5, num_iters=8)
-    if method == "matched":  # starts from runs, not from points far apart: one slot a token only if runs hold them
-        query, key, value = (jnp.repeat(x, 8, axis=1) for x in distinct)
     if method.startswith("leverage"):  # equal keys have equal scores, so each kept one is of the same kind
         query, key, value = (
             jnp.concatenate([x, y[:, -1:].repeat(30, 1)], 1) for x, y in zip(distinct, distinct, strict=True)
@@ -154,7 +152,7 @@ def test_the_fit_gets_the_landmarks_mass_and_output_right():
 
 def test_matched_counts_its_window_in_k():
     spec = settle(AttentionSpec("matched", k=14), TOKENS, GRID)
-    assert (spec.k, spec.keep_prefix, spec.local_window, spec.num_landmarks) == (9, 1, "cross", 14)
+    assert (spec.k, spec.keep_prefix, spec.local_window, spec.num_landmarks) == (9, 1, "cross", 28)
     few = settle(AttentionSpec("matched", k=8), TOKENS, GRID)
     assert few.k + window_size(few.local_window) == 8
     assert settle(AttentionSpec("matched", k=TOKENS), TOKENS, GRID).local_window is None

@@ -105,13 +105,16 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--attention", "leverage", "--k", "8,x"], "k: expected int or None, not 'x'"),
+        (["--attention", "leverage", "--k", "8,x"], "k[1]: expected int or None, not 'x'"),
         (["--attention", "leverage", "--k", "None"], "k=None needs eps"),
         (["--option", "foo=1"], "foo: there is no such field"),
         (["--option", "keepprefix=1"], "did you mean 'keep_prefix'"),
         (["--option", "local_window=abc"], "local_window: expected int or"),
         (["--option", "eps=big"], "eps: expected float or None, not 'big'"),
         (["--source", "fake:num_classes=10,size=8"], "3 channels"),
+        (["--budgets", "/nowhere.json"], "/nowhere.json"),
+        (["--calibrate", "8", "--attention", "leverage,kmeans"], "calibrate needs one attention"),
+        (["--target_error", "0.5"], "target_error=0.5 needs calibrate"),
     ],
 )
 def test_mistakes_in_an_evaluation_are_one_readable_line_and_exit_code_two(arguments, message, exported):
@@ -137,6 +140,47 @@ def test_an_evaluation_by_threshold_with_options_and_on_a_source_of_another_size
         Image.new("RGB", (20 + number, 30)).save(folder / f"{number}.png")
     done = call(*command[:3], "--source", f"folder:{tmp_path / 'images'}", "--split", "train", check=False)
     assert "3 channels, the checkpoint was trained on 1" in done.stderr  # and not: images of several sizes
+
+
+@pytest.mark.slow
+def test_a_retrofit_is_probed_calibrated_evaluated_and_adapted_from_the_command_line(exported, tmp_path):
+    probing = ["eval.py", "--config", f"configs/retrofit.py:probe={exported},seeds=1,attention=kmeans"]
+    probing += ["--split", "test[:100]", "--config.probe.folds=2"]
+    done = call(*probing, "--k", "8", "--calibrate", 8, "--out", tmp_path / "budgets")
+    assert "k by layer: 8 on average" in done.stdout
+    budgets = tmp_path / "budgets" / "budgets.json"
+    assert json.loads(budgets.read_text())["attention"][0]["k"] == 8  # there is one layer
+    by_hand = {"attention": [{"method": "kmeans", "k": 65}]}
+    budgets.write_text(json.dumps(by_hand))
+    done = call(*probing, "--k", "8", "--budgets", budgets, "--out", tmp_path / "probe")
+    assert "100 images of digits, split test[:100]" in done.stdout
+    record = json.loads((tmp_path / "probe" / "results.json").read_text())
+    dense, kmeans, by_layer = record["rows"]
+    assert [(r["attention"], r["k"]) for r in record["rows"]] == [("dense", 65), ("kmeans", 8), ("kmeans", 65)]
+    assert (dense["cosine"], by_layer["cosine"]) == (1, 1)
+    assert (by_layer["probe"], by_layer["agreement"]) == (dense["probe"], 1)
+    assert kmeans["cosine"] < 1
+    assert kmeans["error"] > 0.1
+    assert record["error_by_layer"]["kmeans k=8"] == [pytest.approx(kmeans["error"], abs=1e-4)]
+    assert "eval.py" in record["provenance"]["command"]
+    training = ["train.py", "--config", f"configs/retrofit.py:finetune,init_from={exported},k=8,epochs=0.1"]
+    training += ["--workdir", tmp_path / "adapted", "--config.batch_size=64", "--config.distill.weight_labels=0.5"]
+    call(*training)
+    adapted = json.loads((tmp_path / "adapted" / "config.json").read_text())
+    assert (adapted["distill"]["weight_labels"], adapted["model"]["attention"]["k"]) == (0.5, 8)
+    call("eval.py", "--checkpoint", tmp_path / "adapted", "--split", "test[:20]")
+    (row,) = json.loads((tmp_path / "adapted" / "results.json").read_text())["rows"]
+    assert (row["attention"], row["trained_with"]) == ("leverage", "leverage k=8")
+
+
+def test_a_model_without_classes_is_told_to_be_probed(tmp_path):
+    config = from_config_dict(TrainConfig, quickstart.get_config())
+    model = dataclasses.replace(config.model, depth=1, num_classes=0)
+    params = jax.jit(ViT(model).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    export_params(tmp_path / "headless.npz", params, to_dict(dataclasses.replace(config, model=model)))
+    done = call("eval.py", "--checkpoint", tmp_path / "headless.npz", check=False)
+    assert done.returncode == 2
+    assert f"configs/retrofit.py:probe={tmp_path / 'headless.npz'}" in done.stderr
 
 
 def test_a_workdir_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):

@@ -1,16 +1,21 @@
 """Every config file builds into a valid run, says how to launch it, and refuses what it does not take."""
 
 import ast
+import dataclasses
 import importlib
 import pathlib
 
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from PIL import Image
 
-from configs import common, quickstart
+from configs import common, quickstart, retrofit
+from levattn.attention import METHODS
 from levattn.models import attention_specs, patch_grid
-from levattn.training.config import TrainConfig, from_config_dict
+from levattn.training.config import DistillConfig, EvalConfig, ProbeConfig, TrainConfig, from_config_dict, to_dict
+from levattn.training.export import export_params
+from tests.retrofits import CONFIG, MODEL, tiny_model
 
 FOLDER = pathlib.Path(common.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
@@ -80,6 +85,59 @@ def test_arguments_that_cannot_be_used_are_named(arg, message):
 def test_a_retrofit_without_a_checkpoint_says_what_it_needs():
     with pytest.raises(ValueError, match="init_from=WORKDIR"):
         build("retrofit")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Files of a classifier of the digits and of the same without a head."""
+    folder = tmp_path_factory.mktemp("exported")
+    for name, model in (("digits", MODEL), ("headless", dataclasses.replace(MODEL, num_classes=0))):
+        config = dataclasses.replace(CONFIG, model=model, ema_decay=0.99)
+        export_params(folder / f"{name}.npz", tiny_model(model).params, to_dict(config))
+    return folder
+
+
+def test_a_probe_asks_for_every_method_unless_one_is_named(exported):
+    def config(arg):
+        return from_config_dict(EvalConfig, retrofit.get_config(f"probe={exported}/digits.npz{arg}"))
+
+    assert config("").attention == tuple(METHODS)
+    assert (config("").checkpoint, config("").probe) == (f"{exported}/digits.npz", ProbeConfig())
+    named = config(",source=stamps,attention=leverage,k=16,keep_prefix=1,folds=3,seeds=2")
+    assert (named.attention, named.k, named.option) == (("leverage",), (16,), {"keep_prefix": 1})
+    assert (named.source, named.probe.folds, named.probe.seeds) == ("stamps", 3, 2)
+    by_threshold = config(",attention=leverage,eps=0.5")
+    assert (by_threshold.k, by_threshold.option) == ((), {"eps": 0.5})
+
+
+def test_an_adaptation_learns_from_labels_or_from_the_model_itself(exported):
+    def config(name, arg=""):
+        return build("retrofit", f"init_from={exported}/{name}.npz,k=4{arg}")
+
+    plain, distilled = config("digits"), config("digits", ",finetune")
+    assert (plain.distill, distilled.distill) == (None, DistillConfig())
+    assert dataclasses.replace(distilled, distill=None) == plain
+    assert (plain.model.attention.method, plain.model.attention.k) == ("leverage", 4)
+    assert plain.ema_decay is None  # over one epoch, the average would be the model before it
+    headless = config("headless", ",finetune")
+    assert (headless.distill.head, headless.distill.weight_features, headless.checkpoint.metric) == (
+        "embedding",
+        1.0,
+        "loss",
+    )
+    other_classes = config("digits", ",finetune,source=fake:")
+    assert other_classes.distill.head == "classifier"  # ten, by chance the same
+
+
+def test_a_source_with_one_split_is_divided_for_adaptation(exported, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("L", (8, 8), i).save(tmp_path / name / f"{i}.png")
+    config = build("retrofit", f"finetune,init_from={exported}/digits.npz,source=folder:{tmp_path}")
+    assert (config.data.train_split, config.data.eval_split) == ("train[:80%]", "train[80%:]")
+    assert config.data.image_size == 8
+    assert config.distill.head == "embedding"  # two classes, where the model knows ten
 
 
 def test_an_unknown_method_is_refused_with_the_nearest():

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from levattn.data import DataConfig, eval_batches, open_source
-from levattn.data.sources import fashion_mnist
+from levattn.data.sources import fashion_mnist, stamps
 
 
 def open_named(source, split):
@@ -121,6 +121,78 @@ def test_unusable_folders_are_refused_with_the_reason(folder, tmp_path):
     write_image(folder / "val" / "wasp" / "0.png", 0)
     with pytest.raises(ValueError, match="wasp"):
         open_named(f"folder:{folder}", "val")
+
+
+@pytest.fixture
+def stamps_folder(tmp_path, monkeypatch):
+    """Two stamps in each of the seven categories, of every kind that PNG knows, among what is left out."""
+    monkeypatch.setenv("LEVATTN_DATA", str(tmp_path))
+    for category in stamps.DEFAULT_CATEGORIES:
+        for name in ("a.png", "deeper/b.png", "cartoon/drawn.png", "drawn.svg"):
+            path = tmp_path / "stamps" / category / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.zeros((4, 10, 4), np.uint8)
+            pixels[:, :5] = (200, 100, 0, 255)
+            Image.fromarray(pixels).save(path, format="PNG")
+    return tmp_path / "stamps"
+
+
+def test_stamps_are_photographs_by_category_in_the_middle_of_a_white_square(stamps_folder):
+    source = open_named("stamps", "train")
+    assert source.class_names == ("mammals", "birds", "insects", "fruit", "flowers", "vegetables", "vehicles")
+    assert len(source) == 14
+    assert not [file for file in source.files if "cartoon" in file or file.endswith("svg")]
+    for i in range(len(source)):
+        assert f"/{source.class_names[source[i]['label']]}/" in f"/{source.files[i]}"
+    expected = np.full((10, 10, 3), 255, np.uint8)
+    expected[3:7, :5] = (200, 100, 0)
+    np.testing.assert_array_equal(source[0]["image"], expected)
+
+
+def test_half_transparent_grey_and_palette_stamps_are_laid_on_white(stamps_folder):
+    folder = stamps_folder / "vehicles"
+    (folder / "deeper" / "b.png").unlink()
+    half = Image.new("RGBA", (2, 2), (0, 0, 0, 51))
+    grey = Image.new("LA", (2, 2), (0, 51))
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 204, 204, 204])
+    for image in (half, grey, palette):
+        image.save(folder / "a.png")
+        (pixels,) = (open_named("stamps:vehicles", "train")[i]["image"] for i in range(1))
+        np.testing.assert_allclose(pixels, np.full((2, 2, 3), 204), atol=1)
+
+
+def test_stamps_can_be_of_other_categories_and_their_slices_mix_the_classes(stamps_folder):
+    source = open_named("stamps:food+animals/birds", "train")
+    assert (source.class_names, len(source)) == (("food", "birds"), 6)
+    halves = [open_named("stamps", split) for split in ("train[:50%]", "train[50%:]")]
+    assert sorted(halves[0].files + halves[1].files) == sorted(open_named("stamps", "train").files)
+    assert len(set(halves[0].labels.tolist())) > 3
+    with pytest.raises(ValueError, match="did you mean 'animals/birds'"):
+        open_named("stamps:animals/bird", "train")
+    with pytest.raises(ValueError, match="split='test' must be one of train"):
+        open_named("stamps", "test")
+
+
+def test_missing_stamps_say_what_to_install_and_a_damaged_one_its_name(stamps_folder, tmp_path, monkeypatch):
+    for path in (stamps_folder / "vehicles").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:50])
+    source = open_named("stamps:vehicles", "train")
+    with pytest.raises(ValueError, match=r"vehicles/.*\.png: .*install tuxpaint-stamps-default"):
+        source[0]
+    monkeypatch.setenv("LEVATTN_DATA", str(tmp_path / "none"))
+    monkeypatch.setattr(stamps, "_DEBIAN_FOLDER", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps-default"):
+        open_named("stamps", "train")
+
+
+@pytest.mark.skipif(not stamps._DEBIAN_FOLDER.is_dir(), reason="needs apt-get install tuxpaint-stamps-default")
+def test_the_package_has_the_photographs_that_results_are_about(monkeypatch):
+    monkeypatch.delenv("LEVATTN_DATA", raising=False)
+    source = open_named("stamps", "train")
+    assert np.bincount(source.labels).tolist() == [65, 35, 9, 26, 25, 18, 19]
+    batch = next(eval_batches(source, DataConfig(image_size=16), batch_size=len(source)))
+    assert (batch["image"][:, [0, -1]].max(axis=(1, 2, 3)) > 200).mean() > 0.9
 
 
 @pytest.mark.parametrize("source", ["digits", "fashion_mnist", "fake:"])

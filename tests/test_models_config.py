@@ -59,6 +59,22 @@ def test_parameter_counts_are_the_published_ones(config, expected):
     assert count_params(config, (224, 224, 3)) == expected
 
 
+DINOV2 = {"variant": "S/14", "pool": "cls", "layer_scale": 1.0, "num_classes": 0}
+
+
+@pytest.mark.parametrize(
+    "fields, side, expected",
+    [
+        ({"variant": "Ti/16", "pool": "cls", "distilled": True}, 224, 5_910_800 - 2 * 192),  # positions, as above
+        (DINOV2, 518, 22_056_192 - 384),
+        ({**DINOV2, "num_registers": 4}, 518, 22_057_344),
+    ],
+    ids=["distilled DeiT", "DINOv2", "DINOv2 with registers"],
+)
+def test_parameter_counts_with_more_tokens_are_the_published_ones(fields, side, expected):
+    assert count_params(ModelConfig(**fields), (side, side, 3)) == expected
+
+
 def test_names_and_shapes_of_s16_are_big_visions():
     """A changed line here breaks every published checkpoint: change the reader, not this list."""
     config = ModelConfig("S/16", num_classes=10, pool="cls", rep_size=True)
@@ -101,6 +117,23 @@ def test_attention_leaves_the_parameter_tree_alone():
 
 
 @pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"pool": "gap"}, 0),
+        ({"pool": "cls"}, 1),
+        ({"pool": "cls_gap"}, 1),
+        ({"pool": "gap", "class_token": True}, 1),
+        ({"pool": "cls", "num_registers": 4}, 5),
+        ({"pool": "gap", "num_registers": 4}, 4),
+        ({"pool": "cls", "distilled": True}, 2),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_tokens_before_the_patches_are_counted(fields, expected):
+    assert ModelConfig(**fields).num_prefix_tokens == expected
+
+
+@pytest.mark.parametrize(
     "rules, expected",
     [
         ((), "....."),
@@ -140,6 +173,12 @@ def test_rules_that_name_no_layer_are_refused(rule, message):
         ({"num_classes": -1}, "num_classes=-1"),
         ({"stochastic_depth": 1.0}, r"stochastic_depth=1.0 must be in \[0, 1\)"),
         ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"final_norm": "pool"}, "final_norm='pool' must be one of 'tokens', 'pooled'"),
+        ({"num_registers": -1}, "num_registers=-1"),
+        ({"pool": "cls", "class_token": False}, "class_token=False must be None or True for pool='cls'"),
+        ({"pool": "gap", "distilled": True}, "distilled=True needs pool='cls'"),
+        ({"pool": "cls", "distilled": True, "rep_size": True}, "needs .* rep_size=False"),
+        ({"pool": "cls", "distilled": True, "final_norm": "pooled"}, "needs .* final_norm='tokens'"),
         ({"scan": True, "attention_by_layer": (("0", A),)}, "scan=True needs the same attention"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -22,10 +22,13 @@ SHAPE = (28, 28, 1)
         MODEL,
         dataclasses.replace(MODEL, pool="cls", rep_size=True, posemb="sincos2d"),
         dataclasses.replace(MODEL, pool="map", width=96, mlp_dim=256),
+        dataclasses.replace(MODEL, pool="cls_gap", num_registers=4, num_classes=1000),
+        dataclasses.replace(MODEL, pool="cls", distilled=True, num_classes=1000),
+        dataclasses.replace(MODEL, pool="map", num_registers=8, activation="swiglu"),
         dataclasses.replace(MODEL, variant="Ti/2"),
         dataclasses.replace(MODEL, variant="Ti/2", attention=AttentionSpec("row_norm", k=16)),
     ],
-    ids=["gap", "cls", "map", "196 tokens", "row_norm"],
+    ids=["gap", "cls", "map", "registers", "distilled", "swiglu", "196 tokens", "row_norm"],
 )
 def test_flops_are_within_a_tenth_of_the_compilers(config):
     images = jnp.zeros((4, *SHAPE))

@@ -11,12 +11,14 @@ import pytest
 from configs import retrofit
 from levattn.attention import METHODS, AttentionSpec
 from levattn.data import normalize, open_source
-from levattn.models import ViT
+from levattn.models import ViT, unrolled_to_scan
+from levattn.training.attentions import describe, expand, with_attention
 from levattn.training.checkpoint import Checkpointer
 from levattn.training.config import TrainConfig, from_config_dict, to_dict
-from levattn.training.evaluate import describe, evaluate_attention, expand, load_trained, on_source
+from levattn.training.evaluate import evaluate_attention, load_trained
 from levattn.training.export import export_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
+from levattn.training.loaded import on_source
 from levattn.training.loop import train
 
 CONFIG = from_config_dict(
@@ -151,6 +153,25 @@ def test_another_source_is_read_at_the_size_the_run_was_trained_on(workdir):
     assert dataclasses.replace(other, data=config.data) == config
     sized = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=16))
     assert on_source(sized, "fashion_mnist").data.image_size == 16
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_an_attention_for_each_layer_is_evaluated_as_the_config_that_names_it(workdir, scan):
+    """Also in a model whose layers are scanned, which could not name it."""
+    config, params = load_trained(workdir)
+    by_layer = (AttentionSpec("leverage", k=4), AttentionSpec("kmeans", k=12))
+    (expected,) = evaluate_attention(dataclasses.replace(config, model=with_attention(config.model, by_layer)), params)
+    if scan:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan=True))
+        params = unrolled_to_scan(params)
+    rows = evaluate_attention(config, params, [AttentionSpec("leverage", k=4), by_layer])
+    assert [(row["attention"], row["k"], row["trained_with"]) for row in rows] == [
+        ("leverage", 4, "leverage k=8"),
+        ("by layer", 8, "leverage k=8"),
+    ]
+    assert (rows[1]["accuracy"], rows[1]["loss"]) == (expected["accuracy"], pytest.approx(expected["loss"], rel=1e-3))
+    assert rows[1]["loss"] != pytest.approx(rows[0]["loss"], rel=1e-2)
+    assert (expected["attention"], expected["trained_with"]) == ("by layer", "by layer")
 
 
 def test_with_a_threshold_alone_k_counts_the_keys_it_can_keep(workdir):

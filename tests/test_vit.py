@@ -99,11 +99,18 @@ def test_bfloat16_blocks_multiply_in_bfloat16():
 
 
 @pytest.mark.parametrize(
-    "pool, spec", [("cls", LEVERAGE), ("gap", AttentionSpec()), ("gap", LEVERAGE), ("map", LEVERAGE)]
+    "pool, spec, num_registers",
+    [
+        ("cls", LEVERAGE, 0),
+        ("gap", AttentionSpec(), 0),
+        ("gap", LEVERAGE, 2),
+        ("map", LEVERAGE, 2),
+        ("cls_gap", LEVERAGE, 2),
+    ],
 )
-def test_masked_tokens_are_as_good_as_absent(pool, spec):
+def test_masked_tokens_are_as_good_as_absent(pool, spec, num_registers):
     """The last row of patches masked, whatever stands in it, gives what the shorter image gives."""
-    config = dataclasses.replace(TINY, pool=pool, attention=spec)
+    config = dataclasses.replace(TINY, pool=pool, attention=spec, num_registers=num_registers)
     params = random_params(config)
     prefix = config.num_prefix_tokens
     mask = jnp.arange(6 + prefix)[None] < jnp.array([4 + prefix, 6 + prefix])[:, None]
@@ -206,6 +213,37 @@ def test_attention_by_layer_is_what_each_layer_does():
         np.testing.assert_allclose(mixed["queries"][0], dense["queries"][0], atol=1e-5)
         assert mixed["indices"][0].shape[-1] == num_kept
     assert not np.allclose(apply(config, params), apply(TINY, params), atol=1e-4)
+
+
+def test_registers_are_read_by_attention_alone():
+    """They change what the patches become, but once no query sees them nothing of them is left."""
+    config = dataclasses.replace(TINY, num_registers=2, depth=1)
+    params = random_params(config)
+    plain = {name: value for name, value in params.items() if name != "registers"}
+    expected = apply(dataclasses.replace(TINY, depth=1), plain)
+    assert not np.allclose(apply(config, params), expected, atol=1e-3)
+    mask = jnp.tile(jnp.arange(8) >= 2, (2, 1))
+    np.testing.assert_allclose(apply(config, params, mask=mask), expected, atol=1e-5)
+
+
+def test_windows_on_the_grid_skip_every_token_before_the_patches():
+    """Four kept keys, all before the patches, and a window over the whole grid: patches see all, the others do not."""
+    dense = dataclasses.replace(TINY, depth=1, pool="cls", distilled=True, num_registers=2)
+    prefix = dense.num_prefix_tokens
+    spec = AttentionSpec("row_norm", k=prefix, keep_prefix=prefix, local_window=(5, 3))
+    params = random_params(dense)
+    _, features = apply(dataclasses.replace(dense, attention=spec), params, return_features=True)
+    _, expected = apply(dense, params, return_features=True)
+    np.testing.assert_allclose(features.tokens[:, prefix:], expected.tokens[:, prefix:], atol=1e-5)
+    assert not np.allclose(features.tokens[:, :prefix], expected.tokens[:, :prefix], atol=1e-3)
+
+
+def test_tokens_before_the_patches_start_apart():
+    """Two that began alike would get the same gradients for ever."""
+    config = dataclasses.replace(TINY, pool="cls", distilled=True, num_registers=2)
+    params = jax.jit(ViT(config).init)(jax.random.key(0), IMAGES)["params"]
+    tokens = np.concatenate([params["cls"], params["dist"], params["registers"]], axis=1)[0]
+    assert len(np.unique(tokens, axis=0)) == 4
 
 
 def test_wrong_image_sides_and_masks_are_refused_by_name():

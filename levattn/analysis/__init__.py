@@ -9,4 +9,5 @@ from levattn.analysis.results import write_results as write_results
 from levattn.analysis.rows import COLUMNS as COLUMNS
 from levattn.analysis.rows import tidy_rows as tidy_rows
 from levattn.analysis.tables import markdown_table as markdown_table
+from levattn.analysis.tables import print_by_layer as print_by_layer
 from levattn.analysis.tables import print_table as print_table

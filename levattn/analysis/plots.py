@@ -15,7 +15,8 @@ def plot_accuracy(rows: Sequence[Row], path: str | os.PathLike, *, num_classes: 
 
     Lines: a model trained with dense attention that attends to k keys at inference, one line a method; dense attention
     itself is the horizontal line. Stars: models that run with the attention they were trained with. Rows of other
-    kinds, such as a model trained with leverage attention run densely, are left to the table.
+    kinds, such as a model trained with leverage attention run densely, or one whose features were probed, are left to
+    the table.
 
     Args:
       rows: Of `evaluate_attention` or `read_results`.
@@ -25,9 +26,9 @@ def plot_accuracy(rows: Sequence[Row], path: str | os.PathLike, *, num_classes: 
     Raises:
       ValueError: There are no rows, or see `tidy_rows`; for another suffix.
     """
-    panels = settings(rows)
+    panels = settings(row for row in rows if row.get("accuracy") is not None)
     if not panels:
-        raise ValueError("rows must not be empty: there is nothing to plot")
+        raise ValueError("rows must not be empty, and have an accuracy: there is nothing to plot")
     with new_figure(path, width=1.2 + 6.0 * len(panels), height=4.4) as figure:
         figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]

@@ -61,7 +61,7 @@ def write_report(
 
 def findings(rows: Sequence[Row]) -> list[str]:
     """Sentences that read off what rows of one data set and model say, computed from them and from nothing else."""
-    rows = tidy_rows(rows)
+    rows = [row for row in tidy_rows(rows) if row["accuracy"] is not None]
     dense = next((row for row in rows if row["attention"] == row["trained_with"] == "dense"), None)
     retrofits = [row for row in rows if row["trained_with"] == "dense" and row["attention"] != "dense"]
     trained = [row for row in rows if is_as_trained(row) and row is not dense]

@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from levattn.analysis.rows import COLUMNS, Row, tidy_rows
+from levattn.analysis.rows import Row, filled, tidy_rows
 from levattn.analysis.tables import markdown_table
 from levattn.training.workdir import atomic_path, provenance, write_json
 
 
 def write_results(
-    rows: Sequence[Row], folder: str | os.PathLike, record: Mapping[str, Any] | None = None
+    rows: Sequence[Row],
+    folder: str | os.PathLike,
+    record: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> list[dict[str, Any]]:
     """Writes `results.csv`, `results.json` and `results.md` (a Markdown table), each whole or not at all.
 
@@ -21,6 +24,7 @@ def write_results(
       folder: Where; made if it is not there.
       record: What made the rows, written into the JSON beside them. None: the `provenance` of this process (command,
         time, commit, hardware, versions).
+      **more: Further entries of the JSON.
 
     Returns:
       The rows as written.
@@ -33,10 +37,10 @@ def write_results(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(folder / "results.csv") as path, path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, filled(rows), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    write_json(folder / "results.json", {"provenance": provenance() if record is None else record, "rows": rows})
+    write_json(folder / "results.json", {"provenance": provenance() if record is None else record, "rows": rows} | more)
     with atomic_path(folder / "results.md") as path:
         path.write_text(markdown_table(rows))
     return rows

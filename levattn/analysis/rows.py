@@ -6,7 +6,7 @@ from typing import Any
 
 from levattn.attention.registry import METHODS
 
-# One evaluation: `evaluate_attention` returns such rows, `read_results` reads them back.
+# One evaluation: `evaluate_attention` and `evaluate_retrofit` return such rows, `read_results` reads them back.
 Row = Mapping[str, Any]
 
 COLUMNS = {
@@ -22,9 +22,18 @@ COLUMNS = {
     "top5": float,
     "loss": float,
     "images_per_second": float,
+    "probe": float,
+    "probe_std": float,
+    "knn": float,
+    "agreement": float,
+    "cosine": float,
+    "error": float,
+    "ms_per_image": float,
 }
-_DECIMALS = {"accuracy": 6, "top5": 6, "loss": 5, "seconds": 4, "images_per_second": 2}
-_OPTIONAL = ("top5", "loss", "images_per_second")
+_DECIMALS = dict.fromkeys(COLUMNS, 6) | {"loss": 5, "seconds": 4, "images_per_second": 2, "ms_per_image": 4}
+_MEASURES = ("accuracy", "probe", "cosine")
+_FRACTIONS = ("accuracy", "top5", "probe", "knn", "agreement")
+_OPTIONAL = (*_MEASURES, *_FRACTIONS, "loss", "images_per_second", "probe_std", "error", "ms_per_image")
 
 
 def tidy_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -35,8 +44,9 @@ def tidy_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
     (the loss of a run that diverged) is None. Idempotent.
 
     Args:
-      rows: With the columns of `COLUMNS`; `accuracy` and `top5` are fractions, `k` is the number of keys that a query
-        attends to (for dense attention, `tokens`), `trained_with` is "dense", or method and k such as "leverage k=16".
+      rows: With the columns of `COLUMNS`; `accuracy`, `top5`, `probe`, `knn` and `agreement` are fractions, `k` is the
+        number of keys that a query attends to (for dense attention, `tokens`), `trained_with` is "dense", or method and
+        k such as "leverage k=16". One of accuracy, probe and cosine at least must be there.
 
     Raises:
       ValueError: For a missing or unknown column, a fraction outside [0, 1] or k outside [1, tokens].
@@ -57,12 +67,25 @@ def _tidy(row: Row) -> dict[str, Any]:
             tidy[column] = None
         else:
             tidy[column] = round(float(value), _DECIMALS[column]) if kind is float else kind(value)
-    for column in ("accuracy", "top5"):
+    if measure(tidy) is None:
+        raise ValueError(f"accuracy={row.get('accuracy')!r} must be a finite number, or there must be probe or cosine")
+    for column in _FRACTIONS:
         if tidy[column] is not None and not 0 <= tidy[column] <= 1:
             raise ValueError(f"{column}={tidy[column]} must be a fraction in [0, 1]")
     if not 1 <= tidy["k"] <= tidy["tokens"]:
         raise ValueError(f"k={tidy['k']} must be in [1, {tidy['tokens']}], the number of tokens")
     return tidy
+
+
+def measure(row: Row) -> float | None:
+    """What rows are ranked by: the accuracy of the model, else of a probe on its features, else their cosine."""
+    return next((row[name] for name in _MEASURES if row.get(name) is not None), None)
+
+
+def filled(rows: Iterable[Row]) -> list[str]:
+    """The columns in which any of the rows has a value, in order."""
+    rows = list(rows)
+    return [column for column in COLUMNS if any(row[column] is not None for row in rows)]
 
 
 def _reading_order(row: Row) -> tuple:

@@ -103,7 +103,9 @@ def attend_with_window(
         return None, (logits * scale, jnp.broadcast_to(valid, logits.shape))
 
     _, (local_logits, local_valid) = jax.lax.scan(one_offset, None, neighbours.T)
-    logits = jnp.einsum("bthd,bkhd->kbht", query, coreset.keys, preferred_element_type=jnp.float32) * scale
+    # Slots first only afterwards: XLA:CPU multiplies bfloat16 in the other order alone.
+    logits = jnp.einsum("bthd,bkhd->bhtk", query, coreset.keys, preferred_element_type=jnp.float32) * scale
+    logits = jnp.moveaxis(logits, -1, 0)
     logits += jnp.moveaxis(coreset.log_weights, -1, 0)[..., None]
     valid = jnp.broadcast_to(jnp.moveaxis(coreset.valid, -1, 0)[..., None], logits.shape)
     if coreset.assignment is not None:

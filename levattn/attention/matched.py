@@ -5,8 +5,8 @@ Three ideas, each for what the others miss:
 - Queries of self-attention often look at their own neighbourhood, and no coreset that all queries share holds every
   neighbourhood. So each query sees its own token and the four around it exactly, and a group counts for it less those
   of its members (`levattn.attention.local`).
-- Keys that many queries attend to deserve finer groups: k-means is weighted by the attention that a key receives
-  from the landmarks.
+- Keys that many queries attend to deserve finer groups: k-means is weighted by the attention that a key receives from
+  the landmarks.
 - A group's weight and value are first guessed from its members, then corrected so that the landmarks, whose dense
   attention is known, get the right mass from each group and the right output.
 """
@@ -20,15 +20,17 @@ from jaxtyping import Array, Float, Int
 
 from levattn.attention.coreset import Coreset
 from levattn.attention.groups import beside, existing, grouping_points, nearest_after_lloyd, zero_padding
+from levattn.attention.kmeans import farthest_points
 from levattn.attention.local import remaining_sizes, window_neighbours, window_size
 from levattn.attention.merge import half_variance, membership, merge, slot_sizes
 from levattn.attention.select import num_kept
 from levattn.attention.spec import AttentionSpec
 
 _CROSS_MIN_K = 12  # With fewer keys, five for the neighbourhood leave too few for the rest.
-_MASS_STEPS = 2
+_LANDMARKS_PER_KEY = 2  # Values are fitted by least squares: more equations than unknowns.
 _MASS_FLOOR = 1e-3  # Rows of the attention matrix; a smaller mass is not told from none.
-_VALUE_RIDGE = 0.3  # Of the mean squared weight of a slot. Unit of the pull towards the values guessed from members.
+_MASS_CEILING = 1e6
+_VALUE_RIDGE = 0.15  # Of the mean squared weight of a slot. Unit of the pull towards the values guessed from members.
 
 
 def settle(spec: AttentionSpec, num_keys: int, grid: tuple[int, int] | None) -> AttentionSpec:
@@ -57,7 +59,7 @@ def settle(spec: AttentionSpec, num_keys: int, grid: tuple[int, int] | None) -> 
             f"k={spec.k} must exceed {window_size(window) if window else 0} keys of local_window={window} and "
             f"{num_prefix} leading tokens: method 'matched' counts them in"
         )
-    num_landmarks = spec.k if spec.num_landmarks is None else spec.num_landmarks
+    num_landmarks = _LANDMARKS_PER_KEY * spec.k if spec.num_landmarks is None else spec.num_landmarks
     return dataclasses.replace(
         spec, k=k, keep_prefix=num_prefix, local_window=window, num_landmarks=min(num_landmarks, num_keys)
     )
@@ -66,9 +68,9 @@ def settle(spec: AttentionSpec, num_keys: int, grid: tuple[int, int] | None) -> 
 def matched(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
     """Groups of keys, fitted to the dense attention of `spec.num_landmarks` queries at even distances.
 
-    With S keys, T queries and m landmarks, m = k by default, the cost is linear in S: dense attention of the
-    landmarks, 4 B H m S D operations; grouping, about 8 B H S K D (1 + num_iters); the fit, about B H m K (K + 6 D)
-    and a K x K solve a head. Deterministic, no step is sequential in K. A threshold eps only bounds the number of
+    With S keys, T queries and m landmarks, m = 2 k by default, the cost is linear in S: dense attention of the
+    landmarks, 4 B H m S D operations; grouping, about 8 B H S K D (2 + num_iters), the seeding in K sequential steps;
+    the fit, about B H m K (K + 6 D) and a K x K solve a head. Deterministic. A threshold eps only bounds the number of
     groups, by D / eps.
     """
     del rng
@@ -77,8 +79,8 @@ def matched(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Cores
     num_slots = num_kept(spec, num_keys, head_dim)
     num_alone = min(spec.keep_prefix, num_slots)
 
-    num_landmarks = num_slots if spec.num_landmarks is None else min(spec.num_landmarks, query.shape[1])
-    landmarks = np.unique(np.linspace(0, query.shape[1] - 1, num_landmarks).astype(int))
+    num_landmarks = _LANDMARKS_PER_KEY * num_slots if spec.num_landmarks is None else spec.num_landmarks
+    landmarks = np.unique(np.linspace(0, query.shape[1] - 1, min(num_landmarks, query.shape[1])).astype(int))
     neighbours = None
     if spec.local_window is not None:
         neighbours = window_neighbours(num_keys, spec.local_window, spec.keep_prefix, grid)[landmarks]
@@ -94,27 +96,13 @@ def matched(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Cores
         # The smallest weight keeps a group from being empty of mass, where attention underflows.
         received = jax.lax.stop_gradient(jnp.mean(probs, axis=2)) + 1e-6
         weights = jnp.where(~alone & existing(key, mask), received, 0)
-        centres = _means_of_runs(points, weights, num_slots - num_alone)
+        seeds = farthest_points(points, weights > 0, num_slots - num_alone)
+        centres = jnp.take_along_axis(points, seeds[..., None], axis=2)
         assignment = nearest_after_lloyd(points, centres, weights, spec.num_iters)
     assignment = beside(assignment, alone, num_alone, mask)
     spread = half_variance(logit_points, membership(assignment, num_slots))
     coreset = merge(key, value, assignment, num_slots, spread)
     return _fit(query[:, landmarks], key, value, coreset, probs, logits, neighbours)
-
-
-def _means_of_runs(
-    points: Float[Array, "B H S P"], weights: Float[Array, "B H S"], num_runs: int
-) -> Float[Array, "B H K P"]:
-    """Weighted means of runs of tokens that follow one another, as many runs as asked for, of equal length."""
-    counted = weights > 0
-    rank = jnp.cumsum(counted, axis=-1) - 1
-    total = jnp.sum(counted, axis=-1, keepdims=True)
-    # As many tokens as runs, or fewer: a run each.
-    run = jnp.where(total > num_runs, rank * num_runs // jnp.maximum(total, 1), rank)
-    members = membership(jnp.where(counted, run, -1), num_runs) * weights[..., None]
-    mass = jnp.sum(members, axis=2)[..., None]
-    means = jnp.einsum("bhsk,bhsp->bhkp", members, points) / jnp.where(mass > 0, mass, 1)
-    return jnp.where(mass > 0, means, jnp.finfo(jnp.float32).max ** 0.25)  # a run of nothing is near to nothing
 
 
 def _fit(
@@ -158,9 +146,10 @@ def _fit(
 
     log_sizes = jnp.log(jnp.maximum(slot_sizes(coreset), 1))
     extra = jax.lax.stop_gradient(coreset.log_weights - log_sizes)
-    for _ in range(_MASS_STEPS):
-        mass = jnp.sum(shares(extra)[0], axis=2)
-        extra += jax.lax.stop_gradient(jnp.log(target_mass + _MASS_FLOOR) - jnp.log(mass + _MASS_FLOOR))
+    # Against the landmarks' own normalisers: the weight of a lone key, which is right, then stays as it is.
+    excess = fixed_logits + extra[:, :, None] - jax.nn.logsumexp(logits, axis=-1, where=probs > 0)[..., None]
+    mass = jnp.sum(jnp.where(counts[..., None], jnp.minimum(jnp.exp(excess), _MASS_CEILING), 0), axis=2)
+    extra += jax.lax.stop_gradient(jnp.log(target_mass + _MASS_FLOOR) - jnp.log(mass + _MASS_FLOOR))
 
     slot_share, local_share = shares(extra)
     slot_values = jnp.swapaxes(coreset.values, 1, 2).astype(jnp.float32)
@@ -177,5 +166,6 @@ def _fit(
 
 
 def _logits(query, key) -> Float[Array, "B H M S"]:
-    logits = jnp.einsum("bmhd,bshd->bhms", query, key, preferred_element_type=jnp.float32)
+    # In float32 throughout: XLA:CPU has no such product of bfloat16.
+    logits = jnp.einsum("bmhd,bshd->bhms", query.astype(jnp.float32), key.astype(jnp.float32))
     return logits * query.shape[-1] ** -0.5

@@ -25,7 +25,7 @@ class AttentionSpec:
       centre: Take scores (and distances) of mean-centred keys. Softmax does not see a shift of all keys.
       ridge: Ridge of the leverage scores, relative to the mean squared singular value of the keys.
       num_iters: Lloyd iterations of the methods that group keys.
-      num_landmarks: Queries whose dense attention the method "matched" is fitted to. None: as many as keys.
+      num_landmarks: Queries whose dense attention the method "matched" is fitted to. None: 2 k.
       seed: Of the methods that draw at random, where no `rng` is handed in.
 
     Raises:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from levattn.data.errors import unknown_name
 from levattn.data.splits import parse_split
 
-SOURCE_KINDS = ("digits", "fashion_mnist", "folder", "tfds", "fake")
+SOURCE_KINDS = ("digits", "fashion_mnist", "stamps", "folder", "tfds", "fake")
 CROPS = ("none", "random_resized", "pad")
 INTERPOLATIONS = ("bicubic", "bilinear")
 
@@ -15,7 +15,8 @@ class DataConfig:
     """Which images, how they are cropped and augmented, and how they are normalised.
 
     Attributes:
-      source: "digits", "fashion_mnist", "folder:PATH", "tfds:NAME" or "fake:num_classes=10,size=32,examples=256".
+      source: "digits", "fashion_mnist", "stamps", "folder:PATH", "tfds:NAME" or
+        "fake:num_classes=10,size=32,examples=256".
       train_split: split to train on; every source takes slices such as "train[:90%]" and "train[-5000:]".
       eval_split: split to evaluate on.
       image_size: side in pixels of the square images that reach the model; None keeps the source's own size.

@@ -11,9 +11,10 @@ import jax
 from levattn.attention import AttentionSpec, get_method
 from levattn.models.variants import Variant, decode
 
-POOLS = ("cls", "gap", "map")
+POOLS = ("cls", "gap", "map", "cls_gap")
 POSEMBS = ("learned", "sincos2d")
-ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu")
+ACTIVATIONS = ("gelu", "gelu_exact", "quick_gelu", "swiglu")
+FINAL_NORMS = ("tokens", "pooled")
 DTYPES = ("float32", "bfloat16")
 
 # What the backward pass may keep of a block. "dots" keeps the outputs of the dense layers, so that only attention
@@ -37,8 +38,8 @@ class ModelConfig:
       variant: Sizes by name, see `levattn.models.variants.decode`.
       num_classes: Width of the head; 0 leaves the head out, the model then returns what it would have read.
       width: In place of the variant's; likewise `depth`, `mlp_dim` and `num_heads`.
-      pool: "cls" prepends a class token and reads it, "gap" averages the tokens, "map" attends to them from a learned
-        probe (always densely).
+      pool: "cls" prepends a class token and reads it, "gap" averages the patches, "map" attends to them from a learned
+        probe (always densely), "cls_gap" joins the class token and the average (linear heads of DINOv2).
       posemb: "learned" position embeddings, or "sincos2d": fixed sines and cosines of both coordinates.
       rep_size: Width of a tanh layer before the head; True: the model's width, False: none.
       head_zero_init: Start the head at zero: all logits are 0 at first.
@@ -51,11 +52,19 @@ class ModelConfig:
       attention: Of every layer that no rule below names.
       attention_by_layer: Pairs of a rule and a spec; the last rule that names a layer wins. A rule is a comma-separated
         list of layers "3", layers from the end "-1", inclusive ranges "0-2" or "-3--1", "even" and "odd".
-      activation: Of the MLPs: "gelu" (by its tanh approximation), "gelu_exact" or "quick_gelu", x sigmoid(1.702 x).
+      activation: Of the MLPs: "gelu" (by its tanh approximation), "gelu_exact", "quick_gelu", x sigmoid(1.702 x), or
+        "swiglu": silu of one half of the hidden features times the other, which makes the first layer twice as wide.
       layer_norm_eps: Added to the variance in every LayerNorm.
       qkv_bias: False leaves the biases out of the attention projections, the output's included (Flax has one switch).
       pre_norm: LayerNorm before the first block, as in CLIP.
       layer_scale: Initial value of a learned scale on each residual branch; None: no such scale.
+      class_token: Prepend one even where `pool` does not read it; None: only where it does.
+      num_registers: Learned tokens after the class token that stand for no patch and are never pooled (Darcet et al.,
+        arXiv 2309.16588).
+      distilled: One more such token, right after the class token, with a head of its own; the logits are the mean of
+        the two heads' (DeiT: Touvron et al., arXiv 2012.12877).
+      final_norm: The last LayerNorm acts on all "tokens", or on what was "pooled" from them.
+      head_bias: False leaves the bias out of the head, as in CLIP's projection.
 
     Raises:
       ValueError: Naming the field that is out of its range.
@@ -83,6 +92,11 @@ class ModelConfig:
     qkv_bias: bool = True
     pre_norm: bool = False
     layer_scale: float | None = None
+    class_token: bool | None = None
+    num_registers: int = 0
+    distilled: bool = False
+    final_norm: str = "tokens"
+    head_bias: bool = True
 
     def __post_init__(self):
         rules = tuple((rule, spec) for rule, spec in self.attention_by_layer)  # hashable, also after a JSON round trip
@@ -92,6 +106,7 @@ class ModelConfig:
         _check_choice("activation", self.activation, ACTIVATIONS)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("remat", self.remat, REMAT_POLICIES)
+        _check_choice("final_norm", self.final_norm, FINAL_NORMS)
         dims = self.dims
         for field in ("width", "depth", "mlp_dim", "num_heads"):
             if getattr(dims, field) < 1:
@@ -105,6 +120,14 @@ class ModelConfig:
         for field in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be in [0, 1)")
+        if self.num_registers < 0:
+            raise ValueError(f"num_registers={self.num_registers} must not be negative")
+        if self.class_token is False and self.pool.startswith("cls"):
+            raise ValueError(f"class_token=False must be None or True for pool={self.pool!r}, which reads it")
+        if self.distilled and (self.pool != "cls" or self.rep_size or self.final_norm != "tokens"):
+            raise ValueError(
+                "distilled=True needs pool='cls', rep_size=False and final_norm='tokens': each head reads its own token"
+            )
         specs = set(attention_specs(self))
         for spec in specs:
             get_method(spec.method)  # refuses an unknown name
@@ -120,8 +143,13 @@ class ModelConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before those of the patches: 1 with a class token, else 0."""
-        return int(self.pool == "cls")
+        """Tokens before those of the patches: the class token, that of distillation and the registers."""
+        return self.has_class_token + self.distilled + self.num_registers
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token stands for the whole image."""
+        return self.pool.startswith("cls") if self.class_token is None else self.class_token
 
 
 def attention_specs(config: ModelConfig) -> tuple[AttentionSpec, ...]:

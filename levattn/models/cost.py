@@ -26,7 +26,7 @@ def count_params(config: ModelConfig, image_shape: tuple[int, int, int]) -> int:
 
 
 def num_tokens(config: ModelConfig, image_shape: tuple[int, int, int]) -> int:
-    """Tokens of an image, the class token included."""
+    """Tokens of an image, those before the patches included."""
     return math.prod(patch_grid(config, image_shape)) + config.num_prefix_tokens
 
 
@@ -68,17 +68,20 @@ def forward_flops(config: ModelConfig, image_shape: tuple[int, int, int]) -> int
     dims, tokens = config.dims, num_tokens(config, image_shape)
     s, c, m, h = tokens, dims.width, dims.mlp_dim, dims.num_heads
     patches = tokens - config.num_prefix_tokens
+    mlp_layers = 3 if config.activation == "swiglu" else 2
     flops = 2 * patches * dims.patch**2 * image_shape[2] * c
     for spec in attention_specs(config):
         keys = num_keys(spec, s, c // h)
-        projections, mlp = 8 * s * c**2, 4 * s * c * m
+        projections, mlp = 8 * s * c**2, 2 * mlp_layers * s * c * m
         attention = 4 * s * keys * c + 6 * h * s * keys
         elementwise = 20 * s * c + 10 * s * m
         flops += projections + mlp + attention + elementwise + selection_flops(spec, s, h, c // h)
     if config.pool == "map":
-        flops += 4 * (s + 1) * c**2 + 4 * s * c + 4 * c * m
+        flops += 4 * (patches + 1) * c**2 + 4 * patches * c + 2 * mlp_layers * c * m
+    pooled = 2 * c if config.pool == "cls_gap" else c
     rep_size = c if config.rep_size is True else int(config.rep_size)
-    return flops + 2 * c * rep_size + 2 * (rep_size or c) * config.num_classes
+    heads = 1 + config.distilled
+    return flops + 2 * pooled * rep_size + 2 * (rep_size or pooled) * config.num_classes * heads
 
 
 def activation_bytes(config: ModelConfig, image_shape: tuple[int, int, int]) -> int:

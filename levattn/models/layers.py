@@ -40,7 +40,7 @@ def sincos2d(height: int, width: int, features: int, temperature: float = 10_000
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with an activation between them."""
+    """Two dense layers with an activation between them; "swiglu" gates (Shazeer, arXiv 2002.05202)."""
 
     config: ModelConfig
     dtype: str = "float32"
@@ -52,7 +52,12 @@ class MlpBlock(nn.Module):
             inits = {"kernel_init": nn.initializers.xavier_uniform(), "bias_init": nn.initializers.normal(1e-6)}
             return nn.Dense(features, dtype=self.dtype, **inits)
 
-        hidden = ACTIVATIONS[self.config.activation](dense(self.config.dims.mlp_dim)(x))
+        hidden_dim, activation = self.config.dims.mlp_dim, self.config.activation
+        if activation == "swiglu":
+            gate, hidden = jnp.split(dense(2 * hidden_dim)(x), 2, axis=-1)
+            hidden *= nn.silu(gate)
+        else:
+            hidden = ACTIVATIONS[activation](dense(hidden_dim)(x))
         hidden = nn.Dropout(self.config.dropout, deterministic=not self.train)(hidden)
         return dense(x.shape[-1])(hidden)
 

@@ -29,13 +29,14 @@ class Features(NamedTuple):
     """What the model knows before its head, in float32.
 
     Attributes:
-      tokens: All tokens after the last LayerNorm, the class token first if there is one.
+      tokens: All tokens after the last LayerNorm (before it with `final_norm="pooled"`), the class token first if there
+        is one.
       pooled: The image by the model's pooling.
       pre_logits: What the head reads: `pooled`, or the tanh layer of `rep_size` on it.
     """
 
     tokens: Float[Array, "B S C"]
-    pooled: Float[Array, "B C"]
+    pooled: Float[Array, "B P"]
     pre_logits: Float[Array, "B R"]
 
 
@@ -89,7 +90,7 @@ class EncoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """All blocks and a last LayerNorm. Attributes as those of `EncoderBlock`."""
+    """All blocks and, with `final_norm="tokens"`, a LayerNorm. Attributes as those of `EncoderBlock`."""
 
     config: ModelConfig
     grid: tuple[int, int]
@@ -118,7 +119,7 @@ class Encoder(nn.Module):
             for layer in range(depth):
                 block = block_fn(spec=specs[layer], name=f"encoderblock_{layer}")
                 x = block(x, drop_rates[layer], mask)
-        return layer_norm(config, "encoder_norm")(x)
+        return layer_norm(config, "encoder_norm")(x) if config.final_norm == "tokens" else x.astype(jnp.float32)
 
 
 class ViT(nn.Module):
@@ -153,8 +154,8 @@ class ViT(nn.Module):
         Args:
           images: Pixels as the model was trained on, mostly in [-1, 1].
           train: Turns dropout and stochastic depth on.
-          mask: False for tokens to leave out, the class token counted first. They are no keys in any layer, and are
-            not pooled.
+          mask: False for tokens to leave out, those before the patches counted first. They are no keys in any layer,
+            and are not pooled.
           capture: See above.
           return_features: Return a pair of the logits and the `Features`.
 
@@ -171,9 +172,8 @@ class ViT(nn.Module):
         x = x.reshape(x.shape[0], -1, dims.width)
         # Cast, so that the residual stream keeps the compute dtype beside float32 parameters.
         x = x + self._position_embeddings(grid).astype(x.dtype)
-        if config.num_prefix_tokens:
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, dims.width)).astype(x.dtype)
-            x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
+        prefix = [jnp.tile(token.astype(x.dtype), (x.shape[0], 1, 1)) for token in self._prefix_tokens()]
+        x = jnp.concatenate([*prefix, x], axis=1)
         if mask is not None and mask.shape != x.shape[:2]:
             raise ValueError(f"mask of shape {mask.shape} must be {x.shape[:2]}: one entry a token, class token first")
         x = nn.Dropout(config.dropout, deterministic=not train)(x)
@@ -182,14 +182,17 @@ class ViT(nn.Module):
 
         tokens = Encoder(config, grid, train, capture, name="Transformer")(x, mask)
         pooled = self._pool(tokens, mask)
+        if config.final_norm == "pooled":
+            pooled = layer_norm(config, "fc_norm")(pooled)
         pre_logits = pooled
         if config.rep_size:
             rep_size = dims.width if config.rep_size is True else config.rep_size
             pre_logits = nn.tanh(nn.Dense(rep_size, name="pre_logits")(pooled))
         logits = pre_logits
         if config.num_classes:
-            kernel_init = nn.initializers.zeros if config.head_zero_init else nn.initializers.lecun_normal()
-            logits = nn.Dense(config.num_classes, kernel_init=kernel_init, name="head")(pre_logits)
+            logits = self._head("head")(pre_logits)
+            if config.distilled:
+                logits = (logits + self._head("head_dist")(tokens[:, 1])) / 2
         return (logits, Features(tokens, pooled, pre_logits)) if return_features else logits
 
     def _position_embeddings(self, grid: tuple[int, int]) -> Float[Array, "1 S C"]:
@@ -198,11 +201,32 @@ class ViT(nn.Module):
             return sincos2d(*grid, width)
         return self.param("pos_embedding", nn.initializers.normal(width**-0.5), (1, grid[0] * grid[1], width))
 
-    def _pool(self, tokens: Float[Array, "B S C"], mask: Bool[Array, "B S"] | None) -> Float[Array, "B C"]:
+    def _prefix_tokens(self) -> list[Float[Array, "1 N C"]]:
+        config, width = self.config, self.config.dims.width
+        apart = nn.initializers.normal(0.02)  # tokens that start out alike would stay alike
+        tokens = []
+        if config.has_class_token:
+            tokens.append(self.param("cls", nn.initializers.zeros, (1, 1, width)))
+        if config.distilled:
+            tokens.append(self.param("dist", apart, (1, 1, width)))
+        if config.num_registers:
+            tokens.append(self.param("registers", apart, (1, config.num_registers, width)))
+        return tokens
+
+    def _pool(self, tokens: Float[Array, "B S C"], mask: Bool[Array, "B S"] | None) -> Float[Array, "B P"]:
+        prefix = self.config.num_prefix_tokens
+        patches, mask = tokens[:, prefix:], None if mask is None else mask[:, prefix:]
         match self.config.pool:
             case "cls":
                 return tokens[:, 0]
             case "gap":
-                return masked_mean(tokens, mask)
+                return masked_mean(patches, mask)
             case "map":
-                return MAPHead(self.config, name="MAPHead_0")(tokens, mask)
+                return MAPHead(self.config, name="MAPHead_0")(patches, mask)
+            case "cls_gap":
+                return jnp.concatenate([tokens[:, 0], masked_mean(patches, mask)], axis=-1)
+
+    def _head(self, name: str) -> nn.Dense:
+        config = self.config
+        kernel_init = nn.initializers.zeros if config.head_zero_init else nn.initializers.lecun_normal()
+        return nn.Dense(config.num_classes, config.head_bias, kernel_init=kernel_init, name=name)

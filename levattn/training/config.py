@@ -135,6 +135,44 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """Learning from a frozen teacher: the model as it starts, the parameters of `init_from`, under dense attention.
+
+    The loss is the weighted sum of the parts below, each a mean over images; a part of weight 0 is not computed.
+
+    Args:
+      head: What the model's output is. "classifier": logits, of the classes of the data. "embedding": a vector with no
+        classes, of a model without a head or with a projection; there are no labels then, and the loss of evaluation is
+        that of `weight_features` with weight 1.
+      weight_labels: Of the cross-entropy with the labels, `LossConfig` included.
+      weight_logits: Of the Kullback-Leibler divergence from the teacher's classes to the student's (Hinton et al.,
+        arXiv 1503.02531), scaled by the squared temperature.
+      weight_features: Of 1 - cosine similarity of the embeddings: what the head reads of a classifier, else the output.
+      weight_tokens: Of the squared error of all tokens after the last block and its LayerNorm, relative to the
+        teacher's squared norm.
+      temperature: Divides the logits of both in the divergence.
+    """
+
+    head: Literal["classifier", "embedding"] = "classifier"
+    weight_labels: float = 0.0
+    weight_logits: float = 1.0
+    weight_features: float = 0.0
+    weight_tokens: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        weights = ("weight_labels", "weight_logits", "weight_features", "weight_tokens")
+        for name in weights:
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        if not any(getattr(self, name) for name in weights):
+            raise ValueError(f"one of {', '.join(weights)} must be positive: there is nothing to learn")
+        if self.head == "embedding":
+            for name in ("weight_labels", "weight_logits"):
+                _require(self, name, getattr(self, name) == 0, "0 with head='embedding', which has no classes")
+        _require(self, "temperature", self.temperature > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """A training run.
 
@@ -153,7 +191,8 @@ class TrainConfig:
       eval_every_steps: Interval of evaluations. None: only at the end.
       accumulate_steps: Microbatches a step. More of them need less memory and give the same gradients.
       ema_decay: Decay of the average of parameters that is evaluated and exported. None: no average.
-      init_from: Checkpoint or export whose parameters start the run (fine-tuning).
+      init_from: A finished run, an export or a published checkpoint whose parameters start the run (fine-tuning).
+      distill: Learn from the model of `init_from` under dense attention. None: from the labels alone.
     """
 
     data: DataConfig
@@ -171,6 +210,7 @@ class TrainConfig:
     accumulate_steps: int = 1
     ema_decay: float | None = None
     init_from: str | None = None
+    distill: DistillConfig | None = None
 
     def __post_init__(self):
         if self.total_steps is None and self.total_epochs is None:
@@ -185,9 +225,91 @@ class TrainConfig:
             raise ValueError(
                 f"batch_size={self.batch_size} must be divisible by accumulate_steps={self.accumulate_steps}"
             )
+        if self.distill is not None and self.init_from is None:
+            raise ValueError("distill needs init_from, the checkpoint to start from, which is also the teacher")
+        if not self.is_classifier:
+            if self.checkpoint.metric != "loss":
+                raise ValueError("checkpoint.metric must be 'loss' with distill.head='embedding': there are no classes")
+            _require(self.loss, "mixup_alpha", self.loss.mixup_alpha == 0, "0 with distill.head='embedding'")
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the model's output is logits, and labels have a meaning."""
+        return self.distill is None or self.distill.head == "classifier"
 
     def num_steps(self, num_examples: int) -> int:
         """Steps of the run on a training split of `num_examples`; epochs are rounded to whole steps, at least one."""
         if self.total_steps is not None:
             return self.total_steps
         return max(1, round(self.total_epochs * num_examples / self.batch_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """How the features of a frozen model are judged.
+
+    Args:
+      folds: Of the stratified cross-validation.
+      seeds: Divisions into folds; results are means over them.
+      neighbours: Of the k-NN classifier.
+      regularisation: Strength of the L2 penalty of the linear probe on features of length 1, 1 / C in scikit-learn's
+        terms.
+      error_images: Images at the start of the source on which the attention of each layer is compared.
+    """
+
+    folds: int = 5
+    seeds: int = 3
+    neighbours: int = 5
+    regularisation: float = 0.01
+    error_images: int = 64
+
+    def __post_init__(self):
+        _require(self, "folds", self.folds >= 2, "at least 2")
+        for name in ("seeds", "neighbours", "error_images"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "regularisation", self.regularisation > 0, "positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What eval.py is to measure.
+
+    Args:
+      checkpoint: As `levattn.training.loaded.load_model` takes it.
+      attention: Methods to put into all layers. Empty: as the model was trained.
+      k: Numbers of keys for each method; None: as many as eps can keep.
+      option: Values of other fields of `AttentionSpec`.
+      budgets: A file of `calibrate`, whose attention by layer comes as one more row.
+      source: Data in place of the run's own; a published checkpoint needs it.
+      split: Of the data. None: the run's own, or the first of test, validation and train that there is.
+      image_size: Side of the images in pixels, if not as trained; position embeddings are resized.
+      batch_size: Images at a time. None: as in training.
+      probe: Judge frozen features, in place of the model's own classes.
+      calibrate: Number of images on which to choose a k for each layer, in place of an evaluation.
+      target_error: Relative error of each layer to reach by the smallest k, in place of a mean k.
+      out: Folder for the results. None: that of the checkpoint.
+    """
+
+    checkpoint: str
+    attention: tuple[str, ...] = ()
+    k: tuple[int | None, ...] = ()
+    option: dict = dataclasses.field(default_factory=dict)
+    budgets: str | None = None
+    source: str | None = None
+    split: str | None = None
+    image_size: int | None = None
+    batch_size: int | None = None
+    probe: ProbeConfig | None = None
+    calibrate: int | None = None
+    target_error: float | None = None
+    out: str | None = None
+
+    def __post_init__(self):
+        for name in ("image_size", "batch_size", "calibrate"):
+            value = getattr(self, name)
+            _require(self, name, value is None or value > 0, "positive")
+        _require(self, "target_error", self.target_error is None or 0 < self.target_error < 1, "in (0, 1)")
+        if self.target_error is not None and self.calibrate is None:
+            raise ValueError(f"target_error={self.target_error} needs calibrate, the number of images to measure it on")
+        if self.calibrate is not None and (len(self.attention) != 1 or len(self.k) > 1):
+            raise ValueError("calibrate needs one attention and at most one k, the mean over the layers")

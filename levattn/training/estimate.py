@@ -22,7 +22,8 @@ class Estimate:
       num_params: Parameters of the model.
       forward_flops: Of one image; a multiply and an add count as two.
       step_flops: Of a step over the whole batch, all devices together, backward pass included.
-      params_bytes: Per device, and so are the rest: parameters, and their running average if there is one.
+      params_bytes: Per device, and so are the rest: parameters, with their running average and the teacher's if there
+        are any.
       optimizer_bytes: State of the optimiser.
       gradients_bytes: Gradients, and their accumulator if there are microbatches.
       activations_bytes: What the backward pass of a microbatch keeps; within a factor of two.
@@ -72,6 +73,7 @@ def estimate(
     num_shards: int = 1,
     accumulate_steps: int = 1,
     ema: bool = False,
+    teacher: bool = False,
 ) -> Estimate:
     """Estimates a train step from shapes alone.
 
@@ -84,6 +86,7 @@ def estimate(
       num_shards: Over which parameters and optimiser state are split (`mesh.fsdp`).
       accumulate_steps: Microbatches a step.
       ema: Whether there is a running average of the parameters.
+      teacher: Whether a frozen copy of the model runs on every batch beside it.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     params = jax.eval_shape(ViT(model).init, jax.random.key(0), images)
@@ -95,8 +98,8 @@ def estimate(
     return Estimate(
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
         forward_flops=flops,
-        step_flops=(4 if recomputed else 3) * flops * batch_size,
-        params_bytes=params_bytes * (2 if ema else 1) // num_shards,
+        step_flops=((4 if recomputed else 3) + teacher) * flops * batch_size,
+        params_bytes=params_bytes * (1 + ema + teacher) // num_shards,
         optimizer_bytes=_tree_bytes(opt_state) // num_shards,
         gradients_bytes=params_bytes * (2 if accumulate_steps > 1 else 1) // num_shards,
         activations_bytes=images_in_memory * activation_bytes(model, image_shape),

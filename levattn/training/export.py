@@ -23,6 +23,7 @@ from levattn.training.workdir import atomic_path
 
 _CONFIG = "__config__"
 _PREFIX = "params/"
+_DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, safetensors.SafetensorError)
 
 
 def export_params(path: str | os.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -69,9 +70,25 @@ def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     try:
         flat, config_json = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
         config = json.loads(config_json) if config_json else {}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"{str(path)!r} cannot be read as {path.suffix}: {error}") from error
     return unflatten_dict(flat, sep="/"), config
+
+
+def read_export_config(path: str | os.PathLike) -> dict[str, Any]:
+    """The config in a file that `export_params` wrote, without reading its parameters; {} of any other file."""
+    path = Path(path)
+    try:
+        if path.suffix == ".npz":
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+                config_json = str(file[_CONFIG]) if _CONFIG in file.files else "{}"
+        else:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                config_json = (file.metadata() or {}).get("config", "{}")
+        config = json.loads(config_json)
+    except (*_DAMAGED, AttributeError, TypeError):  # an .npz may hold one array, and no archive
+        return {}
+    return config if isinstance(config, dict) and {"data", "model"} <= config.keys() else {}
 
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str | None]:

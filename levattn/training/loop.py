@@ -20,6 +20,7 @@ from levattn.data import Source, open_source, output_shape, train_batches
 from levattn.models import ViT
 from levattn.training.checkpoint import Checkpointer, has_checkpoint
 from levattn.training.config import TrainConfig, to_dict
+from levattn.training.distill import Teacher, load_teacher
 from levattn.training.estimate import estimate
 from levattn.training.export import export_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, read_fitting, with_params_of
@@ -63,15 +64,18 @@ def train(
     if dry_run:
         return {}
     workdir = prepare_workdir(workdir)
-    train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, run.plan)
-    eval_step = make_eval_step(config, run.model, run.mesh)
+    teacher = None
+    if config.distill is not None:
+        teacher = load_teacher(config.model, run.plan.params, config.init_from)
+    train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, run.plan, teacher)
+    eval_step = make_eval_step(config, run.model, run.mesh, teacher)
 
     with contextlib.ExitStack() as stack:
         kept = config.checkpoint
         checkpointer = stack.enter_context(
             Checkpointer(workdir / CHECKPOINT_FOLDER, kept.keep_last, kept.keep_best, kept.metric, kept.best_mode)
         )
-        state, start_step, message = _start(config, run, checkpointer)
+        state, start_step, message = _start(config, run, checkpointer, teacher)
         record_run(workdir, to_dict(config))
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
         progress = stack.enter_context(Progress(run.total_steps, config.batch_size, start_step))
@@ -91,6 +95,8 @@ def train(
 
         def save(step: int, metrics: dict[str, float] | None) -> None:
             position = {"examples_seen": step * config.batch_size, "config": to_dict(config)}
+            if teacher is not None:
+                position["teacher"] = teacher.checksum
             checkpointer.save(step, state, metrics, extra=position)
 
         shown = {}
@@ -141,7 +147,7 @@ def _prepare(config: TrainConfig, workdir: Path) -> _Run:
     check_batch_size(config.batch_size, mesh, config.accumulate_steps)
     sources = [open_source(config.data, split) for split in (config.data.train_split, config.data.eval_split)]
     for source in sources:
-        if config.model.num_classes != (expected := source.num_classes):
+        if config.is_classifier and config.model.num_classes != (expected := source.num_classes):
             raise ValueError(
                 f"model.num_classes={config.model.num_classes} must be {expected}, the classes of {source.name}"
             )
@@ -158,31 +164,36 @@ def _prepare(config: TrainConfig, workdir: Path) -> _Run:
         num_shards=config.mesh.fsdp,
         accumulate_steps=config.accumulate_steps,
         ema=ema,
+        teacher=config.distill is not None,
     )
     if jax.process_index() == 0:
         cost.show()
     init_fn = functools.partial(init_state, model=model, image_shape=image_shape, tx=tx, ema=ema)
     plan = plan_state(init_fn, mesh, config.mesh.fsdp_min_size)
-    if config.init_from is not None and not has_checkpoint(workdir / CHECKPOINT_FOLDER):
-        read_fitting(plan.params, config.init_from)  # read again when there is a state to put it into
+    if config.distill is not None or (config.init_from is not None and not has_checkpoint(workdir / CHECKPOINT_FOLDER)):
+        read_fitting(plan.params, config.init_from, config.model)  # read again when there is a state to put it into
     return _Run(mesh, *sources, model, tx, schedule_fn, total_steps, init_fn, plan)
 
 
-def _start(config: TrainConfig, run: _Run, checkpointer: Checkpointer) -> tuple[TrainState, int, str]:
+def _start(
+    config: TrainConfig, run: _Run, checkpointer: Checkpointer, teacher: Teacher | None
+) -> tuple[TrainState, int, str]:
     """The state to go on from, its step and what to say of it: the newest checkpoint, a fine-tuning start, or new."""
     step = checkpointer.latest_step()
     if step is not None:
-        changes = _check_continues(config, run.total_steps, checkpointer, step)
+        changes = _check_continues(config, run.total_steps, checkpointer, step, teacher)
         return checkpointer.restore(run.plan), step, f"going on from step {step} of {run.total_steps}{changes}"
     state = create_state(run.init_fn, run.plan, config.seed)
     if config.init_from is None:
         return state, 0, ""
-    state, kept = with_params_of(state, config.init_from)
+    state, kept = with_params_of(state, config.init_from, config.model)
     exception = f"; {', '.join(kept)}: not there in this shape, left at initial values" if kept else ""
     return state, 0, f"starting from the parameters of {config.init_from!r}{exception}"
 
 
-def _check_continues(config: TrainConfig, total_steps: int, checkpointer: Checkpointer, step: int) -> str:
+def _check_continues(
+    config: TrainConfig, total_steps: int, checkpointer: Checkpointer, step: int, teacher: Teacher | None
+) -> str:
     """Refuses to go on from a checkpoint as another run than it was saved by; returns the other changes, to be shown.
 
     What the step stands for, the data seen so far, depends on the seed, the batch size and the data.
@@ -192,14 +203,24 @@ def _check_continues(config: TrainConfig, total_steps: int, checkpointer: Checkp
         raise ValueError(
             f"{where} is past {total_steps=}: set a larger total_steps (or total_epochs), or use another workdir"
         )
-    saved = (checkpointer.read_extra(step) or {}).get("config", {})
+    extra = checkpointer.read_extra(step) or {}
+    if teacher is not None and extra.get("teacher", teacher.checksum) != teacher.checksum:
+        raise ValueError(
+            f"{where} learned from another teacher than the parameters in init_from={config.init_from!r}: put the file "
+            "back that the run started from, or use another workdir"
+        )
+    saved = extra.get("config", {})
+    if saved and ("teacher" in extra) != (teacher is not None):
+        raise ValueError(
+            f"{where} is of a run {'with' if 'teacher' in extra else 'without'} distill: use another workdir"
+        )
     old, new = (flatten_dict(json.loads(json.dumps(fields)), sep=".") for fields in (saved, to_dict(config)))
     # A field that only one of them has came or went with a version of this package: unknown, not changed.
     changed = {name: f"{name}: {old[name]} -> {new[name]}" for name in old if name in new and old[name] != new[name]}
     refused = [
         line
         for name, line in changed.items()
-        if name.partition(".")[0] in ("seed", "batch_size", "model", "data") and name != "data.num_workers"
+        if name.partition(".")[0] in ("seed", "batch_size", "model", "data", "distill") and name != "data.num_workers"
     ]
     if refused:
         raise ValueError(

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from levattn.data import Source, eval_batches, normalize
-from levattn.training.config import TrainConfig
+from levattn.training.config import DistillConfig, TrainConfig
+from levattn.training.distill import Teacher, distill_losses, weighted_sum
 from levattn.training.losses import cross_entropy, mixup, smooth_targets
 from levattn.training.sharding import BATCH_AXES, batch_sharding, put_batch, replicated
 from levattn.training.state import TrainState
@@ -27,6 +28,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     schedule_fn: optax.Schedule,
     plan: TrainState,
+    teacher: Teacher | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the jitted step: normalise, MixUp, forward, loss, gradients, clip, update, average.
 
@@ -40,10 +42,12 @@ def make_train_step(
       tx: From `make_optimizer`.
       schedule_fn: From `make_optimizer`, for the metrics.
       plan: From `plan_state`; the step keeps its shardings.
+      teacher: To learn from, if `config.distill` asks for one. It sees the same images, mixed ones included.
 
     Returns:
       A function from the state, which it consumes, and a batch of `put_batch` to the new state and the metrics:
-      loss, accuracy (against the unmixed labels), grad_norm (before clipping), param_norm and learning_rate.
+      loss, accuracy (of a classifier, against the unmixed labels), grad_norm (before clipping), param_norm and
+      learning_rate; with a teacher also each part of the loss, as loss_logits and the like.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan)
     mesh = plan.step.sharding.mesh
@@ -51,11 +55,20 @@ def make_train_step(
     num_classes = config.model.num_classes
     seed = config.seed
 
-    def loss_fn(params, images, targets, labels, key):
+    def loss_fn(params, teacher_params, images, targets, labels, key):
         rngs = dict(zip(("dropout", "selection"), jax.random.split(key), strict=True))
-        logits = model.apply({"params": params}, images, train=True, rngs=rngs)
-        loss = cross_entropy(logits, targets, config.loss.kind).mean()
-        return loss, {"loss": loss, "accuracy": (logits.argmax(-1) == labels).mean()}
+        outputs = model.apply({"params": params}, images, train=True, rngs=rngs, return_features=True)
+        metrics = {"accuracy": (outputs[0].argmax(-1) == labels).mean()} if config.is_classifier else {}
+        if config.distill is None:
+            loss = cross_entropy(outputs[0], targets, config.loss.kind).mean()
+            return loss, {"loss": loss} | metrics
+        taught = teacher.model.apply({"params": teacher_params}, images, return_features=True)
+        parts = distill_losses(config.distill, outputs, taught)
+        if config.distill.weight_labels:
+            parts["labels"] = cross_entropy(outputs[0], targets, config.loss.kind)
+        parts = {name: part.mean() for name, part in parts.items()}
+        loss = weighted_sum(config.distill, parts)
+        return loss, {"loss": loss} | metrics | {f"loss_{name}": part for name, part in parts.items()}
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -64,25 +77,30 @@ def make_train_step(
         micro = rows.reshape(-1, num_micro, *rows.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(micro, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
 
-    def accumulate(params, key, *batch):
+    def accumulate(params, teacher_params, key, *batch):
         if num_micro == 1:
-            return grad_fn(params, *batch, key)
+            return grad_fn(params, teacher_params, *batch, key)
 
         def add(total, micro):
-            return jax.tree.map(jnp.add, total, grad_fn(params, *micro)), None
+            return jax.tree.map(jnp.add, total, grad_fn(params, teacher_params, *micro)), None
 
         micro = (*(split(rows) for rows in batch), jax.random.split(key, num_micro))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, *batch, key))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, teacher_params, *batch, key)
+        )
         total, _ = jax.lax.scan(add, zeros, micro)
         return jax.tree.map(lambda x: x / num_micro, total)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, teacher_params: PyTree) -> tuple[TrainState, Metrics]:
         mixup_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         labels = batch["label"]
         images = normalize(batch["image"], config.data)
-        targets = smooth_targets(labels, num_classes, config.loss.label_smoothing)
+        if config.is_classifier:
+            targets = smooth_targets(labels, num_classes, config.loss.label_smoothing)
+        else:  # nothing looks at them
+            targets = jnp.zeros((len(labels), 1))
         images, targets = mixup(mixup_key, images, targets, config.loss.mixup_alpha)
-        grads, metrics = accumulate(state.params, model_key, images, targets, labels)
+        grads, metrics = accumulate(state.params, teacher_params, model_key, images, targets, labels)
         new_state = state.apply_gradients(grads, tx, config.ema_decay)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
@@ -91,26 +109,35 @@ def make_train_step(
         }
         return new_state, metrics
 
-    return jax.jit(
+    step_fn = jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), shardings.params if teacher else None),
         out_shardings=(shardings, replicated(mesh)),
     )
+    # An argument, as a constant of the program would be copied to every device and into the compiled code.
+    teacher_params = teacher.params if teacher else None
+    return lambda state, batch: step_fn(state, batch, teacher_params)
 
 
-def make_eval_step(config: TrainConfig, model: nn.Module, mesh: Mesh) -> Callable[..., Metrics]:
+def make_eval_step(
+    config: TrainConfig, model: nn.Module, mesh: Mesh, teacher: Teacher | None = None
+) -> Callable[..., Metrics]:
     """Builds the jitted evaluation of one batch.
 
     Args:
       config: The run; its loss is taken without label smoothing.
       model: As for `make_train_step`, called with `train=False`.
       mesh: Over which the batches are split.
+      teacher: Of a model that has no classes: the loss is then 1 - the cosine similarity of the embeddings.
 
     Returns:
-      A function from parameters and a batch to the sums of loss, top1, top5 and count over the rows whose mask is 1.
-      Ties among logits go to the lower class, so an untrained head of zeros scores chance.
+      A function from parameters and a batch to the sums of loss, top1, top5 and count over the rows whose mask is 1;
+      without classes to those of loss and count. Ties among logits go to the lower class, so an untrained head of zeros
+      scores chance.
     """
+    if not config.is_classifier:
+        return _make_embedding_eval_step(config, model, mesh, teacher)
     num_classes = config.model.num_classes
 
     def eval_step(params, batch: Batch) -> Metrics:
@@ -121,16 +148,33 @@ def make_eval_step(config: TrainConfig, model: nn.Module, mesh: Mesh) -> Callabl
         _, ranked = jax.lax.top_k(logits.astype(jnp.float32), min(5, num_classes))
         hits = ranked == labels[:, None]
         loss = cross_entropy(logits, smooth_targets(labels, num_classes), config.loss.kind)
-        per_example = {"loss": loss, "top1": hits[:, 0], "top5": hits.any(axis=1), "count": jnp.ones_like(loss)}
-        return {name: jnp.where(mask > 0, value, 0).sum(dtype=jnp.float32) for name, value in per_example.items()}
+        return _masked_sums({"loss": loss, "top1": hits[:, 0], "top5": hits.any(axis=1)}, mask)
 
     return jax.jit(eval_step, out_shardings=replicated(mesh))
+
+
+def _make_embedding_eval_step(config: TrainConfig, model: nn.Module, mesh: Mesh, teacher: Teacher) -> Callable:
+    wanted = DistillConfig("embedding", weight_logits=0.0, weight_features=1.0, weight_tokens=0.0)
+
+    def eval_step(params, batch: Batch, teacher_params) -> Metrics:
+        images, rngs = normalize(batch["image"], config.data), {"selection": jax.random.key(config.seed)}
+        outputs = model.apply({"params": params}, images, rngs=rngs, return_features=True)
+        taught = teacher.model.apply({"params": teacher_params}, images, return_features=True)
+        return _masked_sums({"loss": distill_losses(wanted, outputs, taught)["features"]}, batch["mask"])
+
+    step_fn = jax.jit(eval_step, out_shardings=replicated(mesh))
+    return lambda params, batch: step_fn(params, batch, teacher.params)
+
+
+def _masked_sums(per_example: dict[str, jax.Array], mask: jax.Array) -> Metrics:
+    per_example = per_example | {"count": jnp.ones_like(mask)}
+    return {name: jnp.where(mask > 0, value, 0).sum(dtype=jnp.float32) for name, value in per_example.items()}
 
 
 def evaluate(
     eval_step: Callable[..., Metrics], params: PyTree, source: Source, config: TrainConfig, mesh: Mesh
 ) -> dict[str, float]:
-    """Mean loss, top-1 and top-5 over every example of a source, each counted once.
+    """Mean loss, and of classifiers top-1 and top-5, over every example of a source, each counted once.
 
     Args:
       eval_step: From `make_eval_step`.

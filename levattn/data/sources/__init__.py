@@ -7,6 +7,7 @@ from levattn.data.sources.fake import open_fake
 from levattn.data.sources.fashion_mnist import open_fashion_mnist
 from levattn.data.sources.folder import open_folder
 from levattn.data.sources.records import open_tfds
+from levattn.data.sources.stamps import open_stamps
 from levattn.data.splits import parse_split
 
 __all__ = ["ArraySource", "Source", "open_source"]
@@ -14,6 +15,7 @@ __all__ = ["ArraySource", "Source", "open_source"]
 _OPENERS = {
     "digits": open_digits,
     "fashion_mnist": open_fashion_mnist,
+    "stamps": open_stamps,
     "folder": open_folder,
     "tfds": open_tfds,
     "fake": open_fake,

@@ -61,8 +61,7 @@ def open_folder(argument: str, split: Split) -> FolderSource:
     if len(empty) == len(class_names) or (empty and split.name == "train"):
         raise ValueError(f"no image ({', '.join(_SUFFIXES)}) in {', '.join(str(folder / name) for name in empty)}")
     examples = [(f"{class_names[label]}/{file}", label) for label, files in enumerate(files_of) for file in files]
-    examples.sort(key=lambda example: hashlib.blake2b(example[0].encode()).digest())
-    examples = examples[split.slice(len(examples))]
+    examples = mixed_order(examples)[split.slice(len(examples))]
     return FolderSource(
         name=f"folder:{argument}",
         split=split,
@@ -73,6 +72,11 @@ def open_folder(argument: str, split: Split) -> FolderSource:
         files=tuple(file for file, _ in examples),
         labels=np.array([label for _, label in examples], np.int32),
     )
+
+
+def mixed_order(examples: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Pairs of a file name and a label, by a hash of the name: always the same, and with the classes mixed."""
+    return sorted(examples, key=lambda example: hashlib.blake2b(example[0].encode()).digest())
 
 
 def _split_folder(root: Path, name: str, has_splits: bool) -> str:

@@ -1,0 +1,119 @@
+"""From what is asked of eval.py to tables and files."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from levattn.analysis.results import write_results
+from levattn.analysis.tables import print_by_layer, print_table
+from levattn.attention import AttentionSpec
+from levattn.data import Source, open_source
+from levattn.training.agreement import first_images
+from levattn.training.attentions import Attention, attention_of, expand
+from levattn.training.calibrate import calibrate, read_budgets, write_budgets
+from levattn.training.config import EvalConfig, from_config_dict
+from levattn.training.evaluate import evaluate_attention
+from levattn.training.loaded import LoadedModel, load_model
+from levattn.training.retrofit import evaluate_retrofit
+
+BUDGETS_FILE = "budgets.json"
+
+
+def run_evaluation(config: EvalConfig) -> None:
+    """Evaluates or calibrates a trained model, prints a table, and writes it with its provenance.
+
+    An evaluation writes `results.csv`, `results.md` and `results.json`, a calibration `budgets.json`.
+
+    Args:
+      config: What to do.
+
+    Raises:
+      FileNotFoundError: The model, the data or the budgets are missing.
+      ValueError: Something does not fit something else; the message says what.
+    """
+    trained = load_model(
+        config.checkpoint,
+        config.source,
+        config.split,
+        image_size=config.image_size,
+        allow_zero_head=config.probe is not None,
+    )
+    data = trained.config.data
+    source = open_source(data, data.eval_split)
+    attentions = chosen_attentions(config, trained)
+    print(f"{trained.name}: {len(source)} images of {source.name}, split {source.split}", flush=True)
+    checkpoint = Path(config.checkpoint)
+    out = Path(config.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent))
+    if config.calibrate is not None:
+        _calibrate(config, trained, attentions[0], source, out)
+    elif config.probe is not None:
+        rows, layers = evaluate_retrofit(
+            trained, attentions, source=source, config=config.probe, batch_size=config.batch_size
+        )
+        print_table(rows)
+        print_by_layer("relative error of each layer's attention", layers)
+        write_results(rows, out, error_by_layer=layers)
+    else:
+        _refuse_without_classes(trained, config.checkpoint)
+        run, params = trained.config, trained.params
+        rows = evaluate_attention(run, params, attentions, source=source, batch_size=config.batch_size)
+        rows = [row | {"model": trained.name} for row in rows]
+        print_table(rows)
+        write_results(rows, out)
+
+
+def chosen_attentions(config: EvalConfig, trained: LoadedModel) -> list[Attention]:
+    """The attentions that are asked for: every method with every k, then the budgets; by default that of the model.
+
+    Raises:
+      ValueError: A field of the attention that cannot be used, an unknown method.
+    """
+    own = attention_of(trained.config.model)
+    first = own[0] if isinstance(own, tuple) else own
+    fields = dataclasses.asdict(first) | config.option
+    bases = [
+        from_config_dict(AttentionSpec, fields | {"k": k}, name="--k and --option")
+        for k in config.k or (32 if fields["eps"] is None else None,)
+    ]
+    # Options by themselves go to the method that the model was trained with.
+    methods = config.attention or ([bases[0].method] if config.option or config.k else [])
+    attentions: list[Attention] = list(expand(bases[0], methods, [base.k for base in bases])) or [own]
+    return attentions if config.budgets is None else [*attentions, read_budgets(config.budgets)]
+
+
+def _refuse_without_classes(trained: LoadedModel, checkpoint: str | os.PathLike) -> None:
+    if not trained.is_classifier:
+        raise ValueError(
+            f"checkpoint={str(checkpoint)!r} has no classes, it gives {trained.head or 'feature'} vectors: judge those "
+            f"by --config=configs/retrofit.py:probe={checkpoint},source=..."
+        )
+
+
+def _calibrate(config: EvalConfig, trained: LoadedModel, spec: Attention, source: Source, out: Path) -> None:
+    if isinstance(spec, tuple):
+        raise ValueError("calibrate needs one attention for all layers to start from: name it with --attention")
+    images = first_images(source, trained.config.data, config.calibrate)
+    budgets = calibrate(
+        trained.config.model,
+        trained.params,
+        images,
+        spec,
+        classifier=trained.is_classifier,
+        target_error=config.target_error,
+        seed=trained.config.seed,
+    )
+    columns: dict[str, Any] = {
+        "k": budgets.k,
+        "error": budgets.error,
+        f"error, k={spec.k}": budgets.uniform_error,
+        "influence": budgets.influence,
+    }
+    print_by_layer(f"{spec.method}, k by layer: {np.mean(budgets.k):g} on average", columns)
+    uniform = f"{budgets.uniform_cosine:.4f} with k={spec.k} in every layer"
+    print(f"cosine of the embedding to dense attention: {budgets.cosine:.4f}; {uniform}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_budgets(out / BUDGETS_FILE, budgets)
+    print(f"written to {out / BUDGETS_FILE}: evaluate it with --budgets")

@@ -1,0 +1,84 @@
+"""What Hugging Face keeps in JSON beside the weights, in the terms of this project."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from levattn.models.pretrained.layout import Content, Preprocess
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CLIP = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+_ACTIVATIONS = {
+    "gelu": "gelu_exact",
+    "gelu_python": "gelu_exact",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "quick_gelu": "quick_gelu",
+}
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
+
+
+def vision_config(content: Content) -> Mapping[str, Any]:
+    """The `config.json` of the image tower; empty if there is none."""
+    config = content.metadata.get("config", {})
+    return config.get("vision_config") or config
+
+
+def untold_fields(content: Content, *, activation: str, eps: float) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that no tensor tells.
+
+    Args:
+      content: Of the checkpoint.
+      activation: In the library's terms, if its config does not say.
+      eps: Of LayerNorms, if its config does not say.
+
+    Raises:
+      ValueError: For an activation that this project's ViT does not have.
+    """
+    config = vision_config(content)
+    activation = config.get("hidden_act", activation)
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act={activation!r} in the config is not one of {', '.join(_ACTIVATIONS)}")
+    return {"activation": _ACTIVATIONS[activation], "layer_norm_eps": float(config.get("layer_norm_eps", eps))}
+
+
+def read_preprocess(content: Content, default: Preprocess, patch: int) -> Preprocess:
+    """The `preprocessor_config.json`, and `default` where that is silent.
+
+    A processor that squeezes an image into a square is taken to cut that square out of it.
+
+    Args:
+      content: Of the checkpoint.
+      default: Of the family.
+      patch: Side in pixels; what an image has beyond a multiple of it no patch would see, and is cut away.
+
+    Raises:
+      ValueError: For images that are not square.
+    """
+    found = content.metadata.get("preprocessor", {})
+    resize = _side(found, "size", default.resize) if found.get("do_resize", True) else default.resize
+    cuts = found.get("do_center_crop", "crop_size" in found)
+    image_size = _side(found, "crop_size", default.image_size) if cuts else resize if "size" in found else None
+    mean, std = found.get("image_mean", default.mean), found.get("image_std", default.std)
+    if not found.get("do_normalize", True):
+        mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+    return dataclasses.replace(
+        default,
+        image_size=(image_size or default.image_size) // patch * patch,
+        resize=resize,
+        interpolation=_INTERPOLATIONS.get(found.get("resample"), default.interpolation),
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+    )
+
+
+def _side(found: Mapping[str, Any], key: str, default: int) -> int:
+    """Of a square; a number, or a record of its short side or of both sides."""
+    size = found.get(key, default)
+    if not isinstance(size, Mapping):
+        return size
+    sides = {size[name] for name in ("shortest_edge", "height", "width") if name in size}
+    if len(sides) != 1:
+        raise ValueError(f"{key}={dict(size)} in preprocessor_config.json is no square: only square images are read")
+    return sides.pop()

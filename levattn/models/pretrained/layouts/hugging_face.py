@@ -1,0 +1,80 @@
+"""ViT and DeiT in the transformers library: `google/vit-*`, `facebook/deit-*`, and what was fine-tuned from them."""
+
+import dataclasses
+
+import numpy as np
+
+from levattn.models.config import ModelConfig
+from levattn.models.pretrained.encoder import Names, dense, read_encoder
+from levattn.models.pretrained.hub_config import IMAGENET, read_preprocess, untold_fields, vision_config
+from levattn.models.pretrained.layout import Content, Layout, Preprocess
+from levattn.models.pretrained.tensors import Tensors
+
+_DISTILLATION_TOKEN = "embeddings.distillation_token"
+_NAMES = Names(
+    patches="embeddings.patch_embeddings.projection",
+    class_token="embeddings.cls_token",
+    more_tokens=(_DISTILLATION_TOKEN,),
+    positions="embeddings.position_embeddings",
+    layer="encoder.layer.",
+    norms=("layernorm_before", "layernorm_after"),
+    qkv=tuple(f"attention.attention.{name}." for name in ("query", "key", "value")),
+    out="attention.output.dense",
+    mlp=("intermediate.dense", "output.dense"),
+    last_norm="layernorm",
+)
+# Since its version 5 the library's modules have other names than the files it saves: those of exports to ONNX.
+_MODULES = dataclasses.replace(
+    _NAMES,
+    layer="layers.",
+    qkv=tuple(f"attention.{name}_proj." for name in "qkv"),
+    out="attention.o_proj",
+    mlp=("mlp.fc1", "mlp.fc2"),
+)
+
+
+def _find(content: Content) -> tuple[str, Names] | None:
+    """What precedes all names of the encoder, and what these are."""
+    for names in (_NAMES, _MODULES):
+        mark = f"{names.layer}0.{names.norms[0]}.weight"
+        for name in content.arrays:
+            if name.endswith(mark):
+                return name.removesuffix(mark), names
+    return None
+
+
+def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, np.ndarray], Preprocess, str | None]:
+    """See `Layout`. The head is the classifier; both of a distilled DeiT; else the tanh layer of a pooler."""
+    config = vision_config(content)
+    at, names = _find(content)
+    told = {"num_heads": config.get("num_attention_heads"), "qkv_bias": config.get("qkv_bias")}
+    encoder = read_encoder(tensors, names, at=at, **told)
+    tensors.ignore("*.mask_token", "decoder.*")  # of pretraining by masked patches
+
+    fields = encoder.fields | untold_fields(content, activation="gelu", eps=1e-12) | {"num_classes": 0}
+    params, head = dict(encoder.params), None
+    width, pooler = encoder.width, f"{at}pooler.dense"
+    heads = {"classifier": "head", "cls_classifier": "head", "distillation_classifier": "head_dist"}
+    for source, target in heads.items():
+        if f"{source}.weight" in tensors:
+            head, fields["num_classes"] = "classifier", tensors.shape(f"{source}.weight")[0]
+            params |= dense(tensors, source, target, width, fields["num_classes"])
+    if head is None and f"{pooler}.weight" in tensors:
+        if config.get("pooler_act", "tanh") != "tanh":
+            raise ValueError(f"pooler_act={config['pooler_act']!r} in the config: only 'tanh' is read")
+        fields["rep_size"] = tensors.shape(f"{pooler}.weight")[0]
+        params |= dense(tensors, pooler, "pre_logits", width, fields["rep_size"])
+    if _DISTILLATION_TOKEN in encoder.tokens:
+        # Without a head of its own the token is one that others attend to, and no more.
+        fields |= {"distilled": True} if "head_dist/kernel" in params else {"num_registers": 1}
+        params["dist" if "head_dist/kernel" in params else "registers"] = encoder.tokens[_DISTILLATION_TOKEN]
+
+    model = ModelConfig(pool="cls", **fields)
+    size = encoder.image_size
+    default = Preprocess(size, size, "bilinear")
+    if any("deit" in text for text in (at, config.get("model_type", ""), content.name.lower())):
+        default = Preprocess(size, size * 8 // 7, "bicubic", **IMAGENET)
+    return model, params, read_preprocess(content, default, model.dims.patch), head
+
+
+LAYOUT = Layout("transformers ViT", lambda content: _find(content) is not None, convert)

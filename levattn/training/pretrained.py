@@ -1,0 +1,63 @@
+"""One way to a trained model, whoever trained it."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax.traverse_util import unflatten_dict
+
+from levattn.data import open_source, output_shape
+from levattn.models.pretrained import Preprocess, Pretrained, convert, read_content, with_image_size
+from levattn.training.config import TrainConfig, from_config_dict
+from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, OWN_RESIZE, own_params
+from levattn.training.trained import load_trained
+from levattn.training.workdir import VERSIONS_FILE
+
+
+def load_pretrained(
+    path: str | os.PathLike, *, image_size: int | None = None, allow_zero_head: bool = False
+) -> Pretrained:
+    """A trained model: its configuration, parameters and the input it expects.
+
+    Args:
+      path: The workdir of a run of this project, finished or not; a file that a run exported; or a checkpoint that
+        others published, as a file or a folder (see `levattn.models.pretrained.read_pretrained`).
+      image_size: Side in pixels of the images to come, if not as trained: position embeddings are resized.
+      allow_zero_head: Take a published head that is all zeros.
+
+    Returns:
+      The model and what belongs to it. A run's keeps the attention it was trained with; a published one's is dense.
+
+    Raises:
+      FileNotFoundError: There is nothing to read.
+      ValueError: It cannot be read, or does not fit; with the next step.
+    """
+    path = Path(path).expanduser()
+    if any((path / name).exists() for name in (EXPORT_FILE, CHECKPOINT_FOLDER, VERSIONS_FILE)):
+        config, params = load_trained(path)
+        return _of_run(config, jax.device_get(params), path.absolute().name, image_size)
+    content = read_content(path)
+    params, config = own_params(content)
+    if config is None:
+        return convert(content, image_size=image_size, allow_zero_head=allow_zero_head)
+    return _of_run(from_config_dict(TrainConfig, config), unflatten_dict(params, sep="/"), content.name, image_size)
+
+
+def _of_run(config: TrainConfig, params: dict[str, Any], name: str, image_size: int | None) -> Pretrained:
+    preprocess = _preprocess(config, params)
+    head = "classifier" if config.model.num_classes else None
+    pretrained = Pretrained(config.model, params, preprocess, head, "levattn", name)
+    return with_image_size(pretrained, image_size or preprocess.image_size, OWN_RESIZE)
+
+
+def _preprocess(config: TrainConfig, params: dict[str, Any]) -> Preprocess:
+    data, size = config.data, config.data.image_size
+    if size is None and "pos_embedding" in params:
+        size = config.model.dims.patch * math.isqrt(params["pos_embedding"].shape[1])
+    elif size is None:  # that of the data themselves
+        size = output_shape(open_source(data, data.eval_split), data)[0]
+    channels = params["embedding"]["kernel"].shape[2]
+    mean, std = (values if len(values) == channels else values * channels for values in (data.mean, data.std))
+    return Preprocess(size, data.eval_resize or size, data.interpolation, mean, std)

@@ -1,0 +1,65 @@
+"""The config and the parameters of a run of this project, finished or not."""
+
+import os
+from pathlib import Path
+
+import jax
+from jaxtyping import PyTree
+
+from levattn.data import open_source, output_shape
+from levattn.models import ModelConfig, ViT
+from levattn.training.checkpoint import Checkpointer
+from levattn.training.config import TrainConfig, from_config_dict
+from levattn.training.export import load_params
+from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
+from levattn.training.workdir import read_config
+
+
+def load_trained(path: str | os.PathLike) -> tuple[TrainConfig, PyTree]:
+    """The config and the parameters of a run.
+
+    Args:
+      path: Workdir of a run, finished or not, or a `.safetensors` or `.npz` file that a run exported. Of a run that is
+        not finished the best checkpoint is read, else the newest.
+
+    Returns:
+      The config and the parameters that the run evaluates (their average, where it keeps one).
+
+    Raises:
+      FileNotFoundError: There is no run at `path`.
+      ValueError: A file without the config that made it.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / EXPORT_FILE).exists():
+        return _load_checkpoint(path)
+    file = path / EXPORT_FILE if path.is_dir() else path
+    if not file.exists():
+        raise FileNotFoundError(f"checkpoint={str(path)!r} does not exist: name a run's workdir or an exported file")
+    params, config = load_params(file)
+    if not config:
+        raise ValueError(f"checkpoint={str(file)!r} holds no config: it was not exported by a run of train.py")
+    return from_config_dict(TrainConfig, config), params
+
+
+def _load_checkpoint(workdir: Path) -> tuple[TrainConfig, PyTree]:
+    config = read_config(workdir)
+    if config is None:
+        raise FileNotFoundError(f"checkpoint={str(workdir)!r} is not the workdir of a run: it holds no config.json")
+    config = from_config_dict(TrainConfig, config)
+    name = "params" if config.ema_decay is None else "ema_params"
+    source = open_source(config.data, config.data.eval_split)
+    template = _params_template(config.model, output_shape(source, config.data))
+    rank = {"best_metric": config.checkpoint.metric, "best_mode": config.checkpoint.best_mode}
+    with Checkpointer(workdir / CHECKPOINT_FOLDER, **rank, read_only=True) as checkpointer:
+        best = checkpointer.best_step()
+        step = checkpointer.latest_step() if best is None else best
+        if step is None:
+            raise FileNotFoundError(f"checkpoint={str(workdir)!r} holds no checkpoint yet: the run saved none so far")
+        return config, checkpointer.restore({name: template}, step, partial=True)[name]
+
+
+def _params_template(model: ModelConfig, image_shape: tuple[int, ...]) -> PyTree:
+    images = jax.ShapeDtypeStruct((1, *image_shape), "float32")
+    shapes = jax.eval_shape(lambda x: ViT(model).init(jax.random.key(0), x), images)["params"]
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
