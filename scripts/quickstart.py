@@ -35,7 +35,8 @@ def main(workdir: str | None = None) -> None:
     for name, attention in FROM_SCRATCH.items():
         print(f"\ntraining {name} on {DATASET.value}", flush=True)
         config = quickstart.get_config(f"source={DATASET.value},{attention}")
-        config.total_epochs = EPOCHS.value or config.total_epochs
+        if EPOCHS.value is not None:
+            config.total_epochs = EPOCHS.value
         train(from_config_dict(TrainConfig, config), runs[name])
 
     print("\nevaluating", flush=True)

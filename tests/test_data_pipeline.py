@@ -70,6 +70,12 @@ def test_the_shards_together_are_the_whole_batch(config, num_shards):
                 np.testing.assert_array_equal(value[shard::num_shards], parts[shard][step][key])
 
 
+def test_batches_of_one_are_the_examples_of_a_larger_batch_one_by_one():
+    (batch,) = take(SMALL, 1)
+    ones = take(SMALL, 8, global_batch_size=1)
+    assert_equal([{key: np.concatenate([one[key] for one in ones]) for key in batch}], [batch])
+
+
 def test_every_epoch_is_another_permutation_and_epochs_do_not_repeat_under_the_next_seed():
     def epochs(seed):
         indices = np.concatenate([batch["index"] for batch in take(SMALL, 11, seed=seed)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def run_evaluation(config: EvalConfig) -> None:
       FileNotFoundError: The model, the data or the budgets are missing.
       ValueError: Something does not fit something else; the message says what.
     """
+    checkpoint = Path(config.checkpoint)
+    out = Path(config.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent))
     trained = load_model(
         config.checkpoint,
         config.source,
@@ -45,8 +48,7 @@ def run_evaluation(config: EvalConfig) -> None:
     source = open_source(data, data.eval_split)
     attentions = chosen_attentions(config, trained)
     print(f"{trained.name}: {len(source)} images of {source.name}, split {source.split}", flush=True)
-    checkpoint = Path(config.checkpoint)
-    out = Path(config.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent))
+    _check_writable(out)  # before the work that would be lost
     if config.calibrate is not None:
         _calibrate(config, trained, attentions[0], source, out)
     elif config.probe is not None:
@@ -82,6 +84,17 @@ def chosen_attentions(config: EvalConfig, trained: LoadedModel) -> list[Attentio
     methods = config.attention or ([bases[0].method] if config.option or config.k else [])
     attentions: list[Attention] = list(expand(bases[0], methods, [base.k for base in bases])) or [own]
     return attentions if config.budgets is None else [*attentions, read_budgets(config.budgets)]
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"out={str(out)!r} cannot be written ({error.strerror}): name another folder with --out"
+        ) from error
 
 
 def _refuse_without_classes(trained: LoadedModel, checkpoint: str | os.PathLike) -> None:

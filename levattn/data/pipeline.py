@@ -18,6 +18,7 @@ from levattn.data.randaugment import randaugment
 from levattn.data.sources import Source
 from levattn.data.transforms import flip, random_resized_crop, resize_short_and_centre_crop, shift_over_zeros
 
+_MAX_LENGTH = 2**60
 _MAX_THREADS = 16
 
 
@@ -79,7 +80,8 @@ def train_batches(
     # grain adds the epoch to a 32-bit seed: hashing keeps epoch 1 of seed 0 from being epoch 0 of seed 1.
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     stream = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat().map_with_index(_with_position)
-    mine = stream[start_step * global_batch_size + shard_index :: num_shards]
+    # The endless stream is as long as an int can say, one more than grain can iterate over in batches of one.
+    mine = stream[start_step * global_batch_size + shard_index : _MAX_LENGTH : num_shards]
     steps = mine.batch(global_batch_size // num_shards, batch_fn=np.array)
     return _iterate(steps.map(_TrainLoader(source, config, output_shape(source, config), seed)), source, config)
 
