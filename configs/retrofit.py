@@ -25,8 +25,8 @@ dense attention, which needs no labels:
     python train.py --config configs/retrofit.py:init_from=runs/fmnist_dense,attention=leverage,k=32 --workdir runs/a
     python train.py --config configs/retrofit.py:finetune,init_from=vit_s14.onnx,source=stamps,k=32 --workdir runs/b
 
-Hardware: one GPU, or a CPU and patience.  Wall time: a probe of CLIP ViT-B/16 takes about 9 s for each method and k on
-an H100, mostly compilation.  Probe accuracy: results/retrofit/README.md.  Adaptation, ImageNet: unmeasured.
+Hardware: one GPU, or a CPU and patience.  Wall time: unmeasured.  Probe accuracy and ms an image of CLIP ViT-B/16 on an
+H100: results/retrofit.  Adaptation, ImageNet: unmeasured.
 """
 
 from ml_collections import ConfigDict

@@ -48,6 +48,12 @@ def test_quickstart_leaves_the_table_the_report_and_the_plots(tmp_path):
     assert "trained with" in done.stdout
 
 
+def test_a_quickstart_of_no_epochs_is_refused(tmp_path):
+    done = call("-m", "scripts.quickstart", tmp_path, "--epochs", 0, check=False)
+    assert done.returncode == 2
+    assert "total_epochs=0" in done.stderr
+
+
 @pytest.mark.slow
 def test_train_resume_and_evaluate_from_the_command_line(tmp_path):
     training = ["train.py", "--config", "configs/quickstart.py:attention=leverage,k=16", "--workdir", tmp_path / "a"]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from levattn.attention import AttentionSpec
+from levattn.attention import AttentionSpec, get_method
 from levattn.attention.select import num_kept
 from levattn.core.leverage import leverage_scores
 from levattn.models import ModelConfig, ViT, activation_bytes, forward_flops
@@ -57,9 +57,23 @@ def test_leverage_scores_cost_what_the_compiler_counts(tokens, head_dim):
     assert products == pytest.approx(compiled.cost_analysis()["flops"], rel=0.1)
 
 
+@pytest.mark.parametrize("method", ["leverage_merged", "leverage_groups", "groups", "matched"])
+def test_merging_costs_about_what_the_compiler_counts(method):
+    """The compiler counts the body of a loop once and a factorisation as 0: one step of k-means, and no seeds."""
+    spec = AttentionSpec(method, k=24, num_iters=1)
+    shape = jax.ShapeDtypeStruct((1, 197, 4, 64), jnp.float32)
+    compiled = jax.jit(lambda *qkv: get_method(method)(*qkv, spec=spec)).lower(shape, shape, shape).compile()
+    grouped = 12 if method == "leverage_groups" else 24
+    seeds = 0 if method == "leverage_merged" else 4 * 6 * 197 * (grouped - 1) * 64
+    counted = compiled.cost_analysis()["flops"] + seeds
+    assert selection_flops(spec, 197, 4, 64) == pytest.approx(counted, rel=0.35)
+
+
 @pytest.mark.parametrize(
     "spec, expected",
     [
+        (AttentionSpec("leverage", k=32, local_window="cross"), 37),
+        (AttentionSpec("matched", k=32, local_window="cross"), 32),
         (AttentionSpec(), 100),
         (AttentionSpec("leverage", k=32), 32),
         (AttentionSpec("leverage", k=32, local_window=(3, 5)), 47),

@@ -46,6 +46,8 @@ def test_a_workdir_that_cannot_be_written_is_refused_by_name_with_the_next_step(
 def test_an_existing_folder_in_which_nothing_can_be_made_is_refused():
     with pytest.raises(OSError, match="cannot be written"):
         prepare_workdir("/proc/self")
+    with pytest.raises(OSError, match=r"^out '/proc/self' cannot be written .*give --out"):
+        prepare_workdir("/proc/self", flag="out")
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from levattn.training.config import EvalConfig, from_config_dict
 from levattn.training.evaluate import evaluate_attention
 from levattn.training.loaded import LoadedModel, load_model
 from levattn.training.retrofit import evaluate_retrofit
+from levattn.training.workdir import prepare_workdir
 
 BUDGETS_FILE = "budgets.json"
 
@@ -32,7 +32,7 @@ def run_evaluation(config: EvalConfig) -> None:
       config: What to do.
 
     Raises:
-      FileNotFoundError: The model, the data or the budgets are missing.
+      OSError: The model, the data or the budgets are missing, or the folder for the results cannot be written.
       ValueError: Something does not fit something else; the message says what.
     """
     checkpoint = Path(config.checkpoint)
@@ -48,7 +48,7 @@ def run_evaluation(config: EvalConfig) -> None:
     source = open_source(data, data.eval_split)
     attentions = chosen_attentions(config, trained)
     print(f"{trained.name}: {len(source)} images of {source.name}, split {source.split}", flush=True)
-    _check_writable(out)  # before the work that would be lost
+    prepare_workdir(out, flag="out")  # before the work that would be lost
     if config.calibrate is not None:
         _calibrate(config, trained, attentions[0], source, out)
     elif config.probe is not None:
@@ -86,17 +86,6 @@ def chosen_attentions(config: EvalConfig, trained: LoadedModel) -> list[Attentio
     return attentions if config.budgets is None else [*attentions, read_budgets(config.budgets)]
 
 
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"out={str(out)!r} cannot be written ({error.strerror}): name another folder with --out"
-        ) from error
-
-
 def _refuse_without_classes(trained: LoadedModel, checkpoint: str | os.PathLike) -> None:
     if not trained.is_classifier:
         raise ValueError(
@@ -127,6 +116,5 @@ def _calibrate(config: EvalConfig, trained: LoadedModel, spec: Attention, source
     print_by_layer(f"{spec.method}, k by layer: {np.mean(budgets.k):g} on average", columns)
     uniform = f"{budgets.uniform_cosine:.4f} with k={spec.k} in every layer"
     print(f"cosine of the embedding to dense attention: {budgets.cosine:.4f}; {uniform}")
-    out.mkdir(parents=True, exist_ok=True)
     write_budgets(out / BUDGETS_FILE, budgets)
     print(f"written to {out / BUDGETS_FILE}: evaluate it with --budgets")

@@ -13,6 +13,7 @@ from levattn.attention.kmeans import farthest_points
 from levattn.attention.merge import half_variance, membership, merge
 from levattn.attention.scored import leverage
 from levattn.attention.select import is_selected, num_kept
+from levattn.attention.spec import AttentionSpec
 from levattn.core.leverage import centre_keys
 
 # A difference of values weighs half as much as one of logits, both relative to their mean square over the keys.
@@ -48,7 +49,7 @@ def leverage_groups(query, key, value, *, spec, mask=None, rng=None, grid=None) 
     heavy = leverage(query, key, value, spec=spec, mask=mask, rng=rng)
     num_heavy = min(num_slots, spec.keep_prefix + (num_slots - spec.keep_prefix) // 2)
     alone = is_selected(heavy.indices[..., :num_heavy], heavy.valid[..., :num_heavy], key.shape[1])
-    return _grouped(query, key, value, alone, num_heavy, num_slots, spec, mask)
+    return merge_groups(query, key, value, alone, num_heavy, spec, mask)
 
 
 def groups(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
@@ -60,21 +61,47 @@ def groups(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Corese
     """
     del rng
     query, key, value = zero_padding(query, key, value, mask)
-    alone = jnp.broadcast_to(jnp.arange(key.shape[1]) < spec.keep_prefix, _head_shape(key))
-    num_slots = num_kept(spec, key.shape[1], key.shape[3])
-    return _grouped(query, key, value, alone, min(spec.keep_prefix, num_slots), num_slots, spec, mask)
+    return merge_groups(query, key, value, is_leading(key, spec), spec.keep_prefix, spec, mask)
 
 
-def _grouped(query, key, value, alone, num_alone, num_slots, spec, mask) -> Coreset:
+def merge_groups(
+    query: Float[Array, "B T H D"],
+    key: Float[Array, "B S H D"],
+    value: Float[Array, "B S H D"],
+    alone: Bool[Array, "B H S"],
+    num_alone: int,
+    spec: AttentionSpec,
+    mask: Bool[Array, "B S"] | None = None,
+    weights: Float[Array, "B H S"] | float = 1.0,
+) -> Coreset:
+    """Some keys by themselves, the others in groups, each with the log of its size and half its variance as weight.
+
+    Args:
+      query: Queries; those of padding are zero.
+      key: Keys.
+      value: Values.
+      alone: Keys that no group takes.
+      num_alone: Slots for these, at least as many as there are in any head.
+      spec: The number of all slots, and the steps of k-means.
+      mask: True for the tokens that exist.
+      weights: Of the keys in k-means, positive.
+    """
     points, logit_points = grouping_points(query, key, value, mask)
+    num_slots = num_kept(spec, key.shape[1], key.shape[3])
     grouped = ~alone & existing(key, mask)
-    assignment = jnp.zeros(_head_shape(key), int)
+    slots = jnp.zeros(_head_shape(key), int)
     if num_slots > num_alone:
         seeds = farthest_points(points, grouped, num_slots - num_alone)
         centres = jnp.take_along_axis(points, seeds[..., None], axis=2)
-        assignment = nearest_after_lloyd(points, centres, grouped.astype(jnp.float32), spec.num_iters)
-    assignment = beside(assignment, alone, num_alone, mask)
-    return merge(key, value, assignment, num_slots, half_variance(logit_points, membership(assignment, num_slots)))
+        slots = num_alone + nearest_after_lloyd(points, centres, jnp.where(grouped, weights, 0), spec.num_iters)
+    slots = jnp.where(alone, jnp.cumsum(alone, axis=-1) - 1, slots)
+    slots = _without_padding(slots, mask)
+    return merge(key, value, slots, num_slots, half_variance(logit_points, membership(slots, num_slots)))
+
+
+def is_leading(key: Float[Array, "B S H D"], spec: AttentionSpec) -> Bool[Array, "B H S"]:
+    """Whether a token is one of the leading ones that are always kept."""
+    return jnp.broadcast_to(jnp.arange(key.shape[1]) < spec.keep_prefix, _head_shape(key))
 
 
 def zero_padding(query, key, value, mask):
@@ -87,14 +114,6 @@ def zero_padding(query, key, value, mask):
 def existing(key: Float[Array, "B S H D"], mask: Bool[Array, "B S"] | None) -> Bool[Array, "B H S"]:
     """The mask of tokens for every head."""
     return jnp.broadcast_to(True if mask is None else mask[:, None], _head_shape(key))
-
-
-def beside(
-    assignment: Int[Array, "B H S"], alone: Bool[Array, "B H S"], num_alone: int, mask: Bool[Array, "B S"] | None
-) -> Int[Array, "B H S"]:
-    """Slots of all keys: first those of the keys that stand alone, in their order, then those of the groups."""
-    alone_slot = jnp.cumsum(alone, axis=-1) - 1
-    return _without_padding(jnp.where(alone, alone_slot, num_alone + assignment), mask)
 
 
 def grouping_points(

@@ -68,6 +68,7 @@ class LevAttention:
     With `sow_weights=True` Flax hands the module over, and this function sows into its `intermediates`: `queries`,
     `keys`, `values`, the `indices` and `valid` of the coreset, and `attention_mass`, the share of dense softmax
     attention that falls on the kept keys, averaged over the queries (`B H`; its cost is that of dense attention).
+    Keys that a method merges with others do not count as kept.
 
     Attributes:
       spec: The method and its options.

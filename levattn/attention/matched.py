@@ -19,10 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from levattn.attention.coreset import Coreset
-from levattn.attention.groups import beside, existing, grouping_points, nearest_after_lloyd, zero_padding
-from levattn.attention.kmeans import farthest_points
+from levattn.attention.groups import existing, is_leading, merge_groups, zero_padding
 from levattn.attention.local import remaining_sizes, window_neighbours, window_size
-from levattn.attention.merge import half_variance, membership, merge, slot_sizes
+from levattn.attention.merge import membership, slot_sizes
 from levattn.attention.select import num_kept
 from levattn.attention.spec import AttentionSpec
 
@@ -53,16 +52,24 @@ def settle(spec: AttentionSpec, num_keys: int, grid: tuple[int, int] | None) -> 
     if grid is not None and grid[0] * grid[1] <= num_keys:
         num_prefix = max(num_prefix, num_keys - grid[0] * grid[1])
         window = ("cross" if spec.k >= _CROSS_MIN_K else (1, 1)) if window is None else window
-    k = spec.k - (0 if window is None else window_size(window))
-    if k < max(num_prefix, 1):
+    num_local = 0 if window is None else window_size(window)
+    if spec.k - num_local < max(num_prefix, 1):
         raise ValueError(
-            f"k={spec.k} must exceed {window_size(window) if window else 0} keys of local_window={window} and "
-            f"{num_prefix} leading tokens: method 'matched' counts them in"
+            f"k={spec.k} must exceed {num_local} keys of local_window={window} and {num_prefix} leading tokens: "
+            "method 'matched' counts them in"
         )
-    num_landmarks = _LANDMARKS_PER_KEY * spec.k if spec.num_landmarks is None else spec.num_landmarks
     return dataclasses.replace(
-        spec, k=k, keep_prefix=num_prefix, local_window=window, num_landmarks=min(num_landmarks, num_keys)
+        spec,
+        k=spec.k - num_local,
+        keep_prefix=num_prefix,
+        local_window=window,
+        num_landmarks=num_landmarks(spec, spec.k),
     )
+
+
+def num_landmarks(spec: AttentionSpec, k: int) -> int:
+    """Queries to fit to, where a query sees k keys; a shorter sequence has fewer."""
+    return _LANDMARKS_PER_KEY * k if spec.num_landmarks is None else spec.num_landmarks
 
 
 def matched(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
@@ -75,33 +82,20 @@ def matched(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Cores
     """
     del rng
     query, key, value = zero_padding(query, key, value, mask)
-    num_keys, head_dim = key.shape[1], key.shape[3]
-    num_slots = num_kept(spec, num_keys, head_dim)
-    num_alone = min(spec.keep_prefix, num_slots)
-
-    num_landmarks = _LANDMARKS_PER_KEY * num_slots if spec.num_landmarks is None else spec.num_landmarks
-    landmarks = np.unique(np.linspace(0, query.shape[1] - 1, min(num_landmarks, query.shape[1])).astype(int))
+    num_keys, num_queries = key.shape[1], query.shape[1]
+    wanted = num_landmarks(spec, num_kept(spec, num_keys, key.shape[3]))
+    landmarks = np.unique(np.linspace(0, num_queries - 1, min(wanted, num_queries)).astype(int))
     neighbours = None
     if spec.local_window is not None:
         neighbours = window_neighbours(num_keys, spec.local_window, spec.keep_prefix, grid)[landmarks]
     logits = _logits(query[:, landmarks], key)
     probs = jax.nn.softmax(logits, where=existing(key, mask)[:, :, None])  # zeros, where there is no key at all
-    if mask is not None and query.shape[1] == num_keys:
+    if mask is not None and num_queries == num_keys:
         probs = jnp.where(mask[:, None, landmarks, None], probs, 0)
 
-    points, logit_points = grouping_points(query, key, value, mask)
-    alone = jnp.broadcast_to(jnp.arange(num_keys) < num_alone, existing(key, mask).shape)
-    assignment = jnp.zeros(alone.shape, int)
-    if num_slots > num_alone:
-        # The smallest weight keeps a group from being empty of mass, where attention underflows.
-        received = jax.lax.stop_gradient(jnp.mean(probs, axis=2)) + 1e-6
-        weights = jnp.where(~alone & existing(key, mask), received, 0)
-        seeds = farthest_points(points, weights > 0, num_slots - num_alone)
-        centres = jnp.take_along_axis(points, seeds[..., None], axis=2)
-        assignment = nearest_after_lloyd(points, centres, weights, spec.num_iters)
-    assignment = beside(assignment, alone, num_alone, mask)
-    spread = half_variance(logit_points, membership(assignment, num_slots))
-    coreset = merge(key, value, assignment, num_slots, spread)
+    # Not quite zero, so that a group of keys whose attention underflows still has a mean.
+    received = jax.lax.stop_gradient(jnp.mean(probs, axis=2)) + 1e-6
+    coreset = merge_groups(query, key, value, is_leading(key, spec), spec.keep_prefix, spec, mask, received)
     return _fit(query[:, landmarks], key, value, coreset, probs, logits, neighbours)
 
 
@@ -135,15 +129,6 @@ def _fit(
         jnp.einsum("bhms,bhsk->bhmk", far, membership(coreset.assignment, coreset.valid.shape[-1])), 2
     )
 
-    def shares(extra):
-        """Of every slot, and of all local tokens together, in the attention of each landmark."""
-        slots = fixed_logits + extra[:, :, None]
-        if local_logits is None:
-            return jnp.where(counts[..., None], jax.nn.softmax(slots, where=jnp.isfinite(slots)), 0), 0.0
-        both = jnp.concatenate([slots, local_logits[..., None]], axis=-1)
-        both = jnp.where(counts[..., None], jax.nn.softmax(both, where=jnp.isfinite(both)), 0)
-        return both[..., :-1], both[..., -1:]
-
     log_sizes = jnp.log(jnp.maximum(slot_sizes(coreset), 1))
     extra = jax.lax.stop_gradient(coreset.log_weights - log_sizes)
     # Against the landmarks' own normalisers: the weight of a lone key, which is right, then stays as it is.
@@ -151,11 +136,20 @@ def _fit(
     mass = jnp.sum(jnp.where(counts[..., None], jnp.minimum(jnp.exp(excess), _MASS_CEILING), 0), axis=2)
     extra += jax.lax.stop_gradient(jnp.log(target_mass + _MASS_FLOOR) - jnp.log(mass + _MASS_FLOOR))
 
-    slot_share, local_share = shares(extra)
+    # Shares of every slot, and of all local tokens together, in the attention of each landmark.
+    both = fixed_logits + extra[:, :, None]
+    if local_logits is not None:
+        both = jnp.concatenate([both, local_logits[..., None]], axis=-1)
+    both = jnp.where(counts[..., None], jax.nn.softmax(both, where=jnp.isfinite(both)), 0)
+    num_slots = extra.shape[-1]
+    slot_share, local_share = both[..., :num_slots], both[..., num_slots:]
     slot_values = jnp.swapaxes(coreset.values, 1, 2).astype(jnp.float32)
-    missing = outputs - local_share * local_output - jnp.einsum("bhmk,bhkd->bhmd", slot_share, slot_values)
+    missing = (
+        outputs
+        - jnp.sum(local_share, axis=-1, keepdims=True) * local_output
+        - jnp.einsum("bhmk,bhkd->bhmd", slot_share, slot_values)
+    )
     normal = jnp.einsum("bhmk,bhml->bhkl", slot_share, slot_share)
-    num_slots = normal.shape[-1]
     ridge = _VALUE_RIDGE * jnp.trace(normal, axis1=-2, axis2=-1)[..., None, None] / num_slots + 1e-20
     factor = jax.scipy.linalg.cho_factor(normal + ridge * jnp.eye(num_slots))
     slot_values += jax.scipy.linalg.cho_solve(factor, jnp.einsum("bhmk,bhmd->bhkd", slot_share, missing))

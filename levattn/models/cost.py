@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from levattn.attention.local import window_size
+from levattn.attention.matched import num_landmarks
 from levattn.attention.select import num_kept
 from levattn.attention.spec import AttentionSpec
 from levattn.models.config import ModelConfig, attention_specs, patch_grid
@@ -34,20 +36,36 @@ def num_keys(spec: AttentionSpec, tokens: int, head_dim: int) -> int:
     """Keys that each query attends to under `spec`, local ones included, at most all of them."""
     if spec.method == "dense":
         return tokens
-    window = spec.local_window or 0
-    return min(tokens, num_kept(spec, tokens, head_dim) + (window if isinstance(window, int) else math.prod(window)))
+    # "matched" counts local keys in its k.
+    num_local = 0 if spec.local_window is None or spec.method == "matched" else window_size(spec.local_window)
+    return min(tokens, num_kept(spec, tokens, head_dim) + num_local)
 
 
 def selection_flops(spec: AttentionSpec, tokens: int, num_heads: int, head_dim: int) -> int:
     """Operations a layer spends on an image to choose its keys.
 
     leverage, by the Gram route: Gram matrix (2 S D^2), its Cholesky factor (D^3 / 3), the inverse of that (D^3), the
-    keys times the inverse (2 S D^2) and squared norms (2 S D), per head. Methods this does not know count as 0: their
-    part is then a lower bound.
+    keys times the inverse (2 S D^2) and squared norms (2 S D), per head. Methods that merge work on points of 2 D
+    coordinates; "matched" is taken with all of its k in groups. Methods this does not know count as 0: their part is
+    then a lower bound.
     """
-    s, d, k = tokens, head_dim, num_keys(spec, tokens, head_dim)
+    if spec.method == "dense":
+        return 0
+    s, d, k = tokens, head_dim, num_kept(spec, tokens, head_dim)
+    leverage = 4 * s * d**2 + d**3 + d**3 // 3 + 2 * s * d
+    points = 4 * s * d**2 + d**3 // 3  # second moment of the queries, its Cholesky factor, keys in its coordinates
+    means = 4 * s * k * d
+    seeds, distances = 6 * s * k * d, 4 * s * k * d
+    grouping = seeds + (spec.num_iters + 1) * distances + spec.num_iters * means + 2 * s * k * d + means
+    m = min(s, num_landmarks(spec, k))
+    landmarks = 4 * m * s * d + 2 * m * k * d + 2 * m * s * k  # dense, logits of the groups, mass of the groups
+    fit = 2 * m * k**2 + k**3 // 3 + 4 * m * k * d + 2 * k**2 * d
     per_head = {
-        "leverage": 4 * s * d**2 + d**3 + d**3 // 3 + 2 * s * d,
+        "leverage": leverage,
+        "leverage_merged": leverage + points + distances + means,
+        "leverage_groups": leverage + points + grouping,
+        "groups": points + grouping,
+        "matched": points + grouping + landmarks + fit,
         "row_norm": 2 * s * d,
         "kmeans": (spec.num_iters + 1) * 4 * s * k * d,  # distances to k centres and sums of their members
         "oracle": 2 * s**2 * d,

@@ -19,6 +19,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from levattn.models.pretrained import read_content
 from levattn.training.workdir import atomic_path
 
 _CONFIG = "__config__"
@@ -67,12 +68,10 @@ def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     _check_suffix(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {str(path)!r}")
-    try:
-        flat, config_json = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
-        config = json.loads(config_json) if config_json else {}
-    except _DAMAGED as error:
-        raise ValueError(f"{str(path)!r} cannot be read as {path.suffix}: {error}") from error
-    return unflatten_dict(flat, sep="/"), config
+    content = read_content(path)
+    names = [name for name in content.arrays if name.startswith(_PREFIX)] or content.arrays
+    params = {name.removeprefix(_PREFIX): content.arrays[name] for name in names}
+    return unflatten_dict(params, sep="/"), content.metadata.get("config", {})
 
 
 def read_export_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -89,22 +88,6 @@ def read_export_config(path: str | os.PathLike) -> dict[str, Any]:
     except (*_DAMAGED, AttributeError, TypeError):  # an .npz may hold one array, and no archive
         return {}
     return config if isinstance(config, dict) and {"data", "model"} <= config.keys() else {}
-
-
-def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
-    with path.open("rb") as raw:  # NumPy leaves a damaged file open if it opens it itself
-        file = np.load(raw, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("not an archive of named arrays")
-        names = [name for name in file.files if name != _CONFIG]
-        names = [name for name in names if name.startswith(_PREFIX)] or names
-        flat = {name.removeprefix(_PREFIX): file[name] for name in names}
-        return flat, str(file[_CONFIG]) if _CONFIG in file.files else None
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], str | None]:
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("config")  # noqa: SIM118
 
 
 def _to_numpy(leaf: Any) -> np.ndarray:

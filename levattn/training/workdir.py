@@ -21,11 +21,12 @@ VERSIONS_FILE = "versions.json"
 _PACKAGES = ("levattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def prepare_workdir(path: str | os.PathLike) -> Path:
+def prepare_workdir(path: str | os.PathLike, flag: str = "workdir") -> Path:
     """Makes the folder of a run and proves that this process can write there. What is in it stays as it is.
 
     Args:
       path: The folder; its parents are made too.
+      flag: What the user calls it.
 
     Returns:
       The absolute path.
@@ -41,8 +42,8 @@ def prepare_workdir(path: str | os.PathLike) -> Path:
             probe.flush()
     except OSError as error:
         raise type(error)(
-            f"workdir {str(path)!r} cannot be written ({error.strerror or error}): "
-            "give --workdir a folder that you own, on a disk with free space"
+            f"{flag} {str(path)!r} cannot be written ({error.strerror or error}): "
+            f"give --{flag} a folder that you own, on a disk with free space"
         ) from error
     return path
 

@@ -140,7 +140,7 @@ def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         start = file.read(512)
     for magic, what in _NOT_WEIGHTS.items():
         if start.lstrip().lower().startswith(magic):
-            raise ValueError(f"{str(path)!r} is {what}")
+            raise ValueError(f"{str(path)!r} cannot be read, it is {what}")
     kind, reader = _reader_of(path, start)
     try:
         return reader(path)
@@ -176,6 +176,8 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays, metadata = {}, {}
     with path.open("rb") as raw:  # NumPy leaves a damaged file open if it opens it itself
         file = np.load(raw, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, and no archive of named ones")
         for name in file.files:
             array = file[name]
             if array.dtype.kind == "U":  # the config that this project's exports hold
