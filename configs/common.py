@@ -28,7 +28,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
         name, has_value, text = item.partition("=")
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise ValueError(
                 f"the config takes no argument {name!r}{hint}. It takes {', '.join(defaults)}; a value with a comma in "
                 f"it is set by the name of its field, such as --config.data.source='fake:num_classes=10,size=8'"

@@ -113,13 +113,13 @@ def test_unusable_folders_are_refused_with_the_reason(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         open_named("folder:/nowhere", "train")
     (tmp_path / "flat").mkdir()
-    with pytest.raises(ValueError, match="one folder of images for each class"):
+    with pytest.raises(ValueError, match=r"source='folder:.*one folder of images for each class"):
         open_named(f"folder:{tmp_path / 'flat'}", "train")
     (tmp_path / "hollow" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match="cat"):
+    with pytest.raises(ValueError, match=r"source='folder:.*cat"):
         open_named(f"folder:{tmp_path / 'hollow'}", "train")
     write_image(folder / "val" / "wasp" / "0.png", 0)
-    with pytest.raises(ValueError, match="wasp"):
+    with pytest.raises(ValueError, match=r"source='folder:.*wasp"):
         open_named(f"folder:{folder}", "val")
 
 
@@ -180,10 +180,19 @@ def test_missing_stamps_say_what_to_install_and_a_damaged_one_its_name(stamps_fo
     source = open_named("stamps:vehicles", "train")
     with pytest.raises(ValueError, match=r"vehicles/.*\.png: .*install tuxpaint-stamps-default"):
         source[0]
-    monkeypatch.setenv("LEVATTN_DATA", str(tmp_path / "none"))
+    monkeypatch.delenv("LEVATTN_DATA")
     monkeypatch.setattr(stamps, "_DEBIAN_FOLDER", tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="apt-get install tuxpaint-stamps-default"):
         open_named("stamps", "train")
+
+
+@pytest.mark.parametrize("source", ["stamps", "fashion_mnist"])
+def test_a_data_folder_of_ones_own_that_is_not_there_is_refused_whatever_else_is_installed(
+    source, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LEVATTN_DATA", str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match=r"LEVATTN_DATA=.*none"):
+        open_named(source, "train")
 
 
 @pytest.mark.skipif(not stamps._DEBIAN_FOLDER.is_dir(), reason="needs apt-get install tuxpaint-stamps-default")

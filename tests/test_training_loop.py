@@ -116,6 +116,13 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_workdir_that_cannot_be_written_is_refused_by_a_dry_run_too(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for dry_run in (True, False):
+        with pytest.raises(OSError, match="give --workdir a folder that you own"):
+            train(make_config(), tmp_path / "file" / "run", dry_run=dry_run)
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"model.num_classes=7 must be 10, the classes of digits"):
         train(make_config(model={"num_classes": 7}), tmp_path / "run")

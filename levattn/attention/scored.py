@@ -35,7 +35,10 @@ def row_norm(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Core
 
 
 def random(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
-    """Keys at random, drawn for each batch element and head: the floor that a score has to beat."""
+    """Keys at random, drawn for each batch element and head: the floor that a score has to beat.
+
+    Under `vmap` with one `rng` for all, every example draws the same.
+    """
     del query
     batch, num_keys, heads, _ = key.shape
     rng = jax.random.key(spec.seed) if rng is None else rng

@@ -61,9 +61,9 @@ def train(
       OSError: Data or parameters to start from that are missing, a workdir that cannot be written.
     """
     run = _prepare(config, Path(workdir))
+    workdir = prepare_workdir(workdir, dry_run=dry_run)
     if dry_run:
         return {}
-    workdir = prepare_workdir(workdir)
     teacher = None
     if config.distill is not None:
         teacher = load_teacher(config.model, run.plan.params, config.init_from)

@@ -21,12 +21,13 @@ VERSIONS_FILE = "versions.json"
 _PACKAGES = ("levattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def prepare_workdir(path: str | os.PathLike, flag: str = "workdir") -> Path:
+def prepare_workdir(path: str | os.PathLike, flag: str = "workdir", *, dry_run: bool = False) -> Path:
     """Makes the folder of a run and proves that this process can write there. What is in it stays as it is.
 
     Args:
       path: The folder; its parents are made too.
       flag: What the user calls it.
+      dry_run: Make nothing; try the nearest folder that is there instead.
 
     Returns:
       The absolute path.
@@ -36,8 +37,10 @@ def prepare_workdir(path: str | os.PathLike, flag: str = "workdir") -> Path:
     """
     path = Path(path).absolute()
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path) as probe:
+        if not dry_run:
+            path.mkdir(parents=True, exist_ok=True)
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there) as probe:
             probe.write(b"levattn")
             probe.flush()
     except OSError as error:

@@ -1,7 +1,6 @@
 """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey 28x28 images, in the idx files it is published in."""
 
 import gzip
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from levattn.data.errors import unknown_name
 from levattn.data.sources.base import ArraySource, Source
+from levattn.data.sources.local import data_folders
 from levattn.data.sources.records import open_tfds
 from levattn.data.splits import Split
 
@@ -34,7 +34,8 @@ def open_fashion_mnist(argument: str, split: Split) -> Source:
     if split.name not in _PREFIXES:
         raise unknown_name("split", split.name, _PREFIXES)
     prefix = _PREFIXES[split.name]
-    for folder in _folders():
+    folders = data_folders("fashion-mnist", _DEBIAN_FOLDER)
+    for folder in folders:
         images, labels = _find(folder, f"{prefix}-images-idx3-ubyte"), _find(folder, f"{prefix}-labels-idx1-ubyte")
         if images and labels:
             pixels = read_idx(images)
@@ -45,7 +46,7 @@ def open_fashion_mnist(argument: str, split: Split) -> Source:
     try:
         return open_tfds("fashion_mnist", split)
     except FileNotFoundError as error:
-        looked = ", ".join(str(folder) for folder in _folders())
+        looked = ", ".join(str(folder) for folder in folders)
         raise FileNotFoundError(
             f"source='fashion_mnist': no {prefix}-images-idx3-ubyte(.gz) with labels in {looked}, and none prepared "
             "by TFDS. Run `apt-get install dataset-fashion-mnist`, or put the four idx files into a folder "
@@ -68,11 +69,6 @@ def read_idx(path: Path) -> np.ndarray:
         return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
-
-
-def _folders() -> list[Path]:
-    own = os.environ.get("LEVATTN_DATA")
-    return [*((Path(own), Path(own) / "fashion-mnist") if own else ()), _DEBIAN_FOLDER]
 
 
 def _find(folder: Path, name: str) -> Path | None:

@@ -55,11 +55,12 @@ def open_folder(argument: str, split: Split) -> FolderSource:
     folder = root / _split_folder(root, split.name, has_splits)
     class_names = _class_names(root / "train" if has_splits else root)
     if strangers := sorted(set(_class_names(folder)) - set(class_names)):
-        raise ValueError(f"{folder} has classes that {root / 'train'} lacks: {', '.join(strangers)}")
+        raise ValueError(f"source='folder:{argument}': {folder} has classes that train/ lacks: {', '.join(strangers)}")
     files_of = [_image_files(folder / name) for name in class_names]
     empty = [name for name, files in zip(class_names, files_of, strict=True) if not files]
     if len(empty) == len(class_names) or (empty and split.name == "train"):
-        raise ValueError(f"no image ({', '.join(_SUFFIXES)}) in {', '.join(str(folder / name) for name in empty)}")
+        where = ", ".join(str(folder / name) for name in empty)
+        raise ValueError(f"source='folder:{argument}': no image ({', '.join(_SUFFIXES)}) in {where}")
     examples = [(f"{class_names[label]}/{file}", label) for label, files in enumerate(files_of) for file in files]
     examples = mixed_order(examples)[split.slice(len(examples))]
     return FolderSource(
@@ -96,7 +97,9 @@ def _split_folder(root: Path, name: str, has_splits: bool) -> str:
 def _class_names(folder: Path) -> tuple[str, ...]:
     names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise ValueError(f"{folder} has no subfolders; it needs one folder of images for each class")
+        raise ValueError(
+            f"source='folder:{folder}': it has no subfolders, and needs one folder of images for each class"
+        )
     return tuple(names)
 
 

@@ -1,7 +1,6 @@
 """Photographs of Debian's tuxpaint-stamps-default: small, labelled by folder, and an `apt-get install` away."""
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 from levattn.data.errors import ImageError, unknown_name
 from levattn.data.sources.base import Example
 from levattn.data.sources.folder import FolderSource, mixed_order
+from levattn.data.sources.local import data_folders
 from levattn.data.splits import Split
 
 DEFAULT_CATEGORIES = (
@@ -53,9 +53,10 @@ def open_stamps(argument: str, split: Split) -> StampSource:
     if split.name != "train":
         raise unknown_name("split", split.name, ("train",))
     categories = tuple(argument.split("+")) if argument else DEFAULT_CATEGORIES
-    root = next((folder for folder in _folders() if (folder / "animals").is_dir()), None)
+    folders = data_folders("stamps", _DEBIAN_FOLDER)
+    root = next((folder for folder in folders if (folder / "animals").is_dir()), None)
     if root is None:
-        looked = ", ".join(str(folder) for folder in _folders())
+        looked = ", ".join(str(folder) for folder in folders)
         raise FileNotFoundError(
             f"source='stamps': no folder animals/ in {looked}. Run `apt-get install tuxpaint-stamps-default`, or name "
             "the folder that holds it in LEVATTN_DATA"
@@ -89,8 +90,3 @@ def open_stamps(argument: str, split: Split) -> StampSource:
 def _photographs(root: Path, category: str) -> list[str]:
     files = (path.relative_to(root) for path in (root / category).rglob("*.png"))
     return [file.as_posix() for file in files if "cartoon" not in file.parts]
-
-
-def _folders() -> list[Path]:
-    own = os.environ.get("LEVATTN_DATA")
-    return [*((Path(own), Path(own) / "stamps") if own else ()), _DEBIAN_FOLDER]
