@@ -9,9 +9,8 @@ frozen features, without classes: `--config configs/retrofit.py:probe=CHECKPOINT
 from absl import flags
 from ml_collections import config_flags
 
-from configs.common import read_literal
 from levattn.analysis.evaluation import run_evaluation
-from levattn.training.cli import run
+from levattn.training.cli import read_literal, run
 from levattn.training.config import EvalConfig, from_config_dict
 
 # Each flag is a field of `EvalConfig` and goes before what the config file says of it.
@@ -27,6 +26,7 @@ FLAGS = [
     flags.DEFINE_integer("image_size", None, "Side of the images in pixels, if not as the model was trained."),
     flags.DEFINE_integer("batch_size", None, "Examples at a time. None: as in training."),
     flags.DEFINE_integer("calibrate", None, "Write budgets.json instead: a k for each layer, --k on average."),
+    flags.DEFINE_boolean("calibrate_heads", None, "Calibrate a k for each head of each layer."),
     flags.DEFINE_float("target_error", None, "Calibrate to the smallest k of each layer with this relative error."),
     flags.DEFINE_string("out", None, "Folder for the results."),
 ]

@@ -1,11 +1,11 @@
 """What the config files share: reading `file.py:k=32,attention=leverage`, and the parts that follow from it."""
 
-import ast
 import difflib
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from levattn.training.cli import read_literal
 from levattn.training.config import TrainConfig, sections
 
 # k=None stands for 32, or with eps for its bound head_dim / eps.
@@ -35,14 +35,6 @@ def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
             )
         values[name] = _convert(name, text if has_value else "True", defaults[name])
     return ConfigDict(values, convert_dict=False)
-
-
-def read_literal(text: str) -> Any:
-    """The value of a Python literal, and any other text as it is."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def _convert(name: str, text: str, default: Any) -> Any:

@@ -6,7 +6,9 @@ from levattn.attention import LevAttention as LevAttention
 from levattn.attention import LevSelfAttention as LevSelfAttention
 from levattn.attention import attend as attend
 from levattn.attention import lev_attention as lev_attention
+from levattn.core import heavy_entries as heavy_entries
 from levattn.core import leverage_scores as leverage_scores
+from levattn.universal import universal_set as universal_set
 
 
 def __getattr__(name: str):

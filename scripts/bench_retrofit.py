@@ -7,6 +7,7 @@ Dense attention is the fastest there is on the device: cuDNN's fused kernel on G
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from levattn.models import ModelConfig, ViT, patch_grid
 from levattn.training.attentions import describe, expand, with_attention
+from levattn.training.cli import read_literal
 from levattn.training.workdir import provenance, write_json
 
 
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--attention", default="dense,leverage,groups,matched")
     parser.add_argument("--k", default="32")
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of AttentionSpec")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     args = parser.parse_args()
@@ -37,8 +40,10 @@ def main() -> None:
     rows, columns = patch_grid(model, images.shape[1:])
     params = jax.jit(ViT(model).init)(jax.random.key(1), images[:1])["params"]
     print(f"{args.variant}, {rows * columns + 1} tokens, batch {args.batch_size}, {args.dtype}")
+    options = {name: read_literal(value) for name, _, value in (option.partition("=") for option in args.option)}
+    base = dataclasses.replace(model.attention, **options)
     results = []
-    for spec in expand(model.attention, args.attention.split(","), [int(k) for k in args.k.split(",")]):
+    for spec in expand(base, args.attention.split(","), [int(k) for k in args.k.split(",")]):
         timed = time_forward(ViT(with_attention(model, spec)), params, images, args.repeats)
         results.append({"attention": describe(spec), **timed})
         print(f"{describe(spec):<24} {timed['ms_per_image']:8.3f} ms an image", flush=True)

@@ -12,9 +12,20 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 import jax
+import pytest
+import threadpoolctl
 from absl import flags
 
 jax.config.update("jax_num_cpu_devices", 8)
+# NumPy's matrices are small here: more threads would wait for each other, for seconds where the cores are busy.
+threadpoolctl.threadpool_limits(1, "blas")
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(sys.argv[:1])  # grain's worker processes refuse to start without parsed flags
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Compiled programs hold memory maps, of which a process may have 65,530: the whole suite would need more."""
+    yield
+    jax.clear_caches()

@@ -13,6 +13,16 @@ def leverage_scores(keys: np.ndarray) -> np.ndarray:
     return np.sum(left[:, kept] ** 2, axis=1)
 
 
+def online_leverage_scores(keys: np.ndarray, rounding: float = 1e-13) -> np.ndarray:
+    """Leverage score of the last row of every prefix; singular values under `rounding` of the largest count as zero."""
+    keys = np.asarray(keys, np.float64)
+    scores = np.zeros(len(keys))
+    for j in range(len(keys)):
+        left, singular, _ = np.linalg.svd(keys[: j + 1], full_matrices=False)
+        scores[j] = np.sum(left[-1, singular > rounding * singular[0]] ** 2)
+    return scores
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     exp = np.exp(logits - logits.max(-1, keepdims=True))
     return exp / exp.sum(-1, keepdims=True)

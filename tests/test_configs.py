@@ -69,7 +69,7 @@ def test_token_counts_are_those_of_the_paper(name, arg, size, tokens):
 @pytest.mark.parametrize(
     "arg, message",
     [
-        ("attenton=dense", r"did you mean 'attention'\?. It takes source,"),
+        ("attenton=dense", r"did you mean 'attention'\?\). It takes source,"),
         ("foo", "no argument 'foo'. It takes"),
         ("source=fake:num_classes=10,size=8", "comma .* --config.data.source="),
         ("k=many", "model.attention.k: expected int or None, not 'many'"),

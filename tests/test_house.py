@@ -13,11 +13,12 @@ ROOT = pathlib.Path(levattn.__file__).parent
 # Each package may import itself and those in its list.
 ALLOWED = {
     "core": set(),
-    "attention": {"core"},
-    "models": {"core", "attention"},
+    "universal": {"core"},
+    "attention": {"core", "universal"},
+    "models": {"core", "universal", "attention"},
     "data": set(),
-    "training": {"core", "attention", "models", "data"},
-    "analysis": {"core", "attention", "models", "data", "training"},
+    "training": {"core", "universal", "attention", "models", "data"},
+    "analysis": {"core", "universal", "attention", "models", "data", "training"},
 }
 
 

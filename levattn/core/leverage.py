@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from levattn.core import linalg
+
 ScoreMethod = Literal["auto", "gram", "svd"]
 
-# Smallest pivot of the scaled Gram matrix that `auto` accepts. The shift of `_gram_scores` is a thousandth of it.
+# Smallest pivot of the scaled Gram matrix that `auto` accepts. The shift of `scores_from_gram` is a thousandth of it.
 _SAFE_PIVOT = 5e-2
 
 
@@ -73,7 +75,7 @@ def leverage_scores(
     if method == "svd" or (method == "auto" and num_keys < head_dim and not ridge):
         scores = _svd_scores(keys)
     else:
-        scores, smallest_pivot = _gram_scores(keys)
+        scores, smallest_pivot = scores_from_gram(keys, gram_matrix(keys))
         if method == "auto":
             is_safe = jnp.all(smallest_pivot > _SAFE_PIVOT)  # False for NaN
             scores = jax.lax.cond(is_safe, lambda: scores, partial(_svd_scores, keys))
@@ -121,20 +123,27 @@ def _inverse_norms(squared_norms: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.where(is_zero, 0, jax.lax.rsqrt(jnp.where(is_zero, 1, squared_norms)))
 
 
-def _gram_scores(keys: Float[Array, "B S H D"]) -> tuple[Float[Array, "B H S"], Float[Array, "B H"]]:
-    """Scores from the Cholesky factor of the Gram matrix, and the smallest pivot of the column-scaled matrix."""
+def scores_from_gram(
+    keys: Float[Array, "B S H D"], gram: Float[Array, "B H D D"]
+) -> tuple[Float[Array, "B H S"], Float[Array, "B H"]]:
+    """The method "gram" for keys that are some of those in the Gram matrix.
+
+    Args:
+      keys: Keys to score.
+      gram: K^T K of all keys, these among them; see `gram_matrix`.
+
+    Returns:
+      Scores from the Cholesky factor of the Gram matrix, and the smallest pivot of the column-scaled matrix.
+    """
     head_dim = keys.shape[-1]
     identity = jnp.eye(head_dim, dtype=jnp.float32)
-    gram = gram_matrix(keys)
     scale = _inverse_norms(jnp.diagonal(gram, axis1=-2, axis2=-1))
     # The shift keeps the factor finite on singular matrices (a quarter of it was seen to fail on equal keys). Keys have
     # no part in the null space, so it is not seen there; a direction of squared singular value v it damps by
     # v / (v + shift).
     shift = max(8 * head_dim, 512) * jnp.finfo(jnp.float32).eps
-    factor = jnp.linalg.cholesky(gram * scale[..., :, None] * scale[..., None, :] + shift * identity)
+    factor, inverse = linalg.inverse_cholesky(gram * scale[..., :, None] * scale[..., None, :] + shift * identity)
     smallest_pivot = jnp.min(jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
-    identities = jnp.broadcast_to(identity, factor.shape)
-    inverse = jax.lax.linalg.triangular_solve(factor, identities, left_side=True, lower=True)
     whiten = inverse * scale[..., None, :]
     whitened = jnp.einsum("bshd,bhed->bhse", keys.astype(jnp.float32), whiten, precision="highest")
     return jnp.sum(jnp.square(whitened), axis=-1), smallest_pivot
@@ -144,6 +153,6 @@ def _svd_scores(keys: Float[Array, "B S H D"]) -> Float[Array, "B H S"]:
     """Scores as squared row norms of the left singular vectors that the rank cut keeps."""
     columns = jnp.swapaxes(keys, 1, 2).astype(jnp.float32)
     columns *= _inverse_norms(jnp.sum(jnp.square(columns), axis=2, keepdims=True))
-    left, singular, _ = jnp.linalg.svd(columns, full_matrices=False)
+    left, singular, _ = linalg.svd(columns)
     cut = max(columns.shape[-2:]) * jnp.finfo(jnp.float32).eps * singular[..., :1]
     return jnp.sum(jnp.square(left), axis=-1, where=(singular > cut)[..., None, :])

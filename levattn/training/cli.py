@@ -1,11 +1,12 @@
 """The edge between a person at a terminal and the library: what they got wrong is one message, not a traceback."""
 
+import ast
 import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -35,6 +36,14 @@ def run(main: Callable[..., None]) -> NoReturn:
             _refuse(str(error))
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def read_literal(text: str) -> Any:
+    """The value of a Python literal, and any other text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

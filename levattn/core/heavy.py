@@ -1,0 +1,129 @@
+"""The heavy entries of an attention matrix, found without forming it.
+
+A_ij = f(<q_i, k_j>) / sum_l f(<q_i, k_l>) >= eps needs a key of sensitivity >= eps, and there are few such keys: only
+their columns are evaluated, and the normalisers have a short form of their own (`levattn.core.rowsums`).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from levattn.core.basis import checked_matrix, row_blocks
+from levattn.core.functions import AttentionFunction, Power
+from levattn.core.rowsums import EXACT, RowSums, exact_row_sums
+from levattn.core.sensitivity import check_eps, passes, sensitivity_bounds
+
+
+class HeavyEntries(NamedTuple):
+    """Entries of the attention matrix as a sparse matrix, `E` of them, by query and then by key.
+
+    Attributes:
+      query_indices: Row of each entry.
+      key_indices: Column of each entry.
+      values: Its attention, in (0, 1].
+    """
+
+    query_indices: Int[np.ndarray, " E"]
+    key_indices: Int[np.ndarray, " E"]
+    values: Float[np.ndarray, " E"]
+
+
+def heavy_entries(
+    queries: Float[Array | np.ndarray, "T D"],
+    keys: Float[Array | np.ndarray, "S D"],
+    eps: float | int,
+    f: AttentionFunction = Power(2),  # noqa: B008
+    *,
+    key_indices: Int[np.ndarray, " U"] | None = None,
+    row_sums: RowSums | None = None,
+    block_bytes: int = 1 << 26,
+) -> HeavyEntries:
+    """All entries >= eps of the attention matrix f(<q_i, k_j>) / sum_l f(<q_i, k_l>).
+
+    Nothing is missed: every entry >= eps is returned. Values are accurate to a relative 1e-7, in float64, and none
+    below eps by more than that is returned. A query orthogonal to all keys (normaliser 0) has no entries.
+
+    With `row_sums` of a relative error delta, entries >= eps are still all returned (unless with the probability of
+    failure stated there), together with some down to eps (1 - delta) / (1 + delta), and values are off by up to
+    1 / (1 - delta).
+
+    Args:
+      queries: Queries of one head, Q in the paper.
+      keys: Keys of that head, K.
+      eps: Threshold, in (0, 1].
+      f: Function of attention, with a growth bound.
+      key_indices: The keys to look at, if a universal set for eps is at hand; any others are not searched.
+      row_sums: Normalisers, exact unless given.
+      block_bytes: Memory for one block of queries times the universal set; the blocks of queries follow from it.
+
+    Returns:
+      The entries; at most 1 / eps a query. For outputs larger than memory use `heavy_entries_blocks`.
+
+    Raises:
+      ValueError: For arrays that are empty, not finite or of different widths, eps out of range, f without growth,
+        or indices that are not those of keys.
+
+    Cost: that of the universal set, of the normalisers, and 2 T U D operations: for x^2 together 2 S D^2 + T D^2 +
+    2 T U D, with U <= D / eps. Memory: O(D^2) and a block beside the arguments and the result.
+    Source: LevAttention (ICLR 2025, arXiv 2410.05462), section 3.
+    """
+    blocks = heavy_entries_blocks(
+        queries, keys, eps, f, key_indices=key_indices, row_sums=row_sums, block_bytes=block_bytes
+    )
+    found = list(blocks)
+    return HeavyEntries(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+
+
+def heavy_entries_blocks(
+    queries: Float[Array | np.ndarray, "T D"],
+    keys: Float[Array | np.ndarray, "S D"],
+    eps: float | int,
+    f: AttentionFunction = Power(2),  # noqa: B008
+    *,
+    key_indices: Int[np.ndarray, " U"] | None = None,
+    row_sums: RowSums | None = None,
+    block_bytes: int = 1 << 26,
+) -> Iterator[HeavyEntries]:
+    """As `heavy_entries`, one block of queries at a time. Arguments are checked at once, before the first block."""
+    queries, keys, eps = checked_pair(queries, keys, eps)
+    if key_indices is None:
+        key_indices = np.flatnonzero(passes(sensitivity_bounds(keys, f), eps))
+    key_indices = np.asarray(key_indices)
+    if key_indices.size and not 0 <= key_indices.min() <= key_indices.max() < len(keys):
+        raise ValueError(f"key_indices must be in [0, {len(keys)}): they are those of another set of keys")
+    if row_sums is None:
+        row_sums = exact_row_sums(keys, f, num_queries=len(queries))
+    chosen = keys[key_indices].astype(np.float64)
+    # Products, their f, and the comparison: two and a half blocks at a time.
+    size = max(1, min(block_bytes // (20 * max(1, len(chosen))), 1 << 16))
+    return _blocks(queries, chosen, key_indices, eps, f, row_sums, size)
+
+
+def checked_pair(queries, keys, eps: float | int) -> tuple[np.ndarray, np.ndarray, float]:
+    """Queries, keys and eps, if they can be computed with together.
+
+    Raises:
+      ValueError: As `heavy_entries`.
+    """
+    queries, keys = checked_matrix("queries", queries), checked_matrix("keys", keys)
+    if queries.shape[1] != keys.shape[1]:
+        raise ValueError(f"{queries.shape=} and {keys.shape=} must have the same width: give one head of both")
+    return queries, keys, check_eps(eps)
+
+
+def _blocks(queries, chosen, key_indices, eps, f, row_sums, size):
+    order = np.argsort(key_indices)
+    chosen, key_indices = chosen[order], key_indices[order].astype(np.int64)
+    threshold = eps * (1 - EXACT) / (1 + row_sums.relative_error)
+    for start, block in row_blocks(queries, size):
+        sums = row_sums(block)
+        if not np.all(np.isfinite(sums)):
+            raise ValueError(f"sum of f overflows float64 for query {start + int(np.argmin(np.isfinite(sums)))}: scale")
+        values = f(block @ chosen.T)
+        # Of a row that is all zero every entry would pass a threshold of 0.
+        least = np.where(sums > 0, threshold * sums, math.inf)
+        rows, columns = np.nonzero(values >= least[:, None])
+        yield HeavyEntries(start + rows, key_indices[columns], values[rows, columns] / sums[rows])

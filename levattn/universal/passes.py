@@ -1,0 +1,290 @@
+"""Takes the keys of a stream past a streaming algorithm, once or twice, and hands back the universal set."""
+
+import contextlib
+import functools
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from levattn.universal import counts
+from levattn.universal.files import KeyFile
+from levattn.universal.merge_reduce import LewisStream, check_stream
+from levattn.universal.running_gram import add_keys, init_gram, merge_grams
+from levattn.universal.sets import UniversalSet, check_eps, passes
+from levattn.universal.streaming import OnePassStream, finish_gram, score_bounds, select
+
+Chunks = Iterable[np.ndarray]
+Item = TypeVar("Item")
+
+# 1 MB at D = 64, float32: a chunk and its whitened rows stay in the caches of a core.
+CHUNK_ROWS = 4096
+# How often a pass stops to see whether it is in vain.
+_CHECK_EVERY = 64
+
+
+class Part(NamedTuple):
+    """Keys that follow each other in the stream.
+
+    Attributes:
+      start: Position of the first.
+      open_chunks: Starts a pass over them: gives them in order, in arrays of any number of rows.
+    """
+
+    start: int
+    open_chunks: Callable[[], Chunks]
+
+
+def file_universal_set(
+    file: KeyFile,
+    eps: float,
+    *,
+    p: float = 2.0,
+    num_passes: int = 1,
+    chunk_rows: int = CHUNK_ROWS,
+    num_workers: int = 1,
+    dtype: Any = jnp.float32,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> UniversalSet:
+    """The universal set of f(x) = |x|^p of the keys in a file.
+
+        universal = file_universal_set(open_keys("keys.npy"), eps=0.01, num_workers=os.cpu_count())
+
+    Args:
+      file: From `open_keys`.
+      num_workers: Threads, each with its own part of the file; what they found is merged. On CPU one for each core
+        is fastest; on an accelerator one is enough.
+
+    The other arguments, what is returned and raised: see `stream_universal_set`.
+    """
+    if num_workers < 1:
+        raise ValueError(f"{num_workers=} must be at least 1")
+    cuts = np.linspace(0, file.num_keys, min(num_workers, file.num_keys) + 1).astype(int).tolist()
+    parts = [
+        Part(start, partial(file.chunks, max(chunk_rows, 1), start, stop)) for start, stop in itertools.pairwise(cuts)
+    ]
+    return _run(parts, file.head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk)
+
+
+def stream_universal_set(
+    open_chunks: Callable[[], Chunks],
+    head_dim: int,
+    eps: float,
+    *,
+    p: float = 2.0,
+    num_passes: int = 1,
+    chunk_rows: int = CHUNK_ROWS,
+    dtype: Any = jnp.float32,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> UniversalSet:
+    """The universal set of f(x) = |x|^p of keys too many to hold.
+
+        keys = open_keys("keys.npy")
+        universal = stream_universal_set(lambda: keys.chunks(4096), keys.head_dim, eps=0.01)
+
+    Args:
+      open_chunks: Starts a pass: gives the keys in order, in arrays of any number of rows. Called once for each pass.
+      head_dim: Width of the keys, D.
+      eps: The threshold, in (0, 1].
+      p: The power. 2 runs on JAX's default device and is by far the fastest; others on the host.
+      num_passes: 1: keys that may yet be in the set wait, at most 2 D / eps of them for p = 2. 2: none waits, and no
+        sum of bounds is larger than that of the final ones.
+      chunk_rows: Keys that are worked on at a time.
+      dtype: Of the work for p = 2; float64, for ill-conditioned keys, needs `jax_enable_x64`.
+      on_chunk: Told the pass (from 1) and the number of keys read in it, after each chunk.
+
+    Returns:
+      The set, with its keys. It contains every key whose sensitivity is at least eps.
+
+    Raises:
+      ValueError: For an argument out of range, a chunk of another width, no keys at all, keys that are not finite, or a
+        second pass that differs in length from the first.
+    """
+    return _run([Part(0, open_chunks)], head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk)
+
+
+def _run(parts, head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk):
+    check_eps(eps)
+    if num_passes not in (1, 2):
+        raise ValueError(f"{num_passes=} must be 1 or 2")
+    if chunk_rows < 1:
+        raise ValueError(f"{chunk_rows=} must be at least 1")
+    lock, num_read = threading.Lock(), [0, 0, 0]
+
+    def chunks(part, number):
+        with contextlib.closing(prefetched(fixed_chunks(part.open_chunks(), chunk_rows, head_dim))) as ready:
+            for keys, num_valid in ready:
+                yield keys, num_valid
+                with lock:
+                    num_read[number] += num_valid
+                    if on_chunk is not None:
+                        on_chunk(number, num_read[number])
+
+    def each(work):
+        """`work` on every part, at the same time."""
+        with ThreadPoolExecutor(len(parts)) as pool:
+            return list(pool.map(work, parts))
+
+    if p == 2:
+        find = _one_pass if num_passes == 1 else _two_passes
+        return find(each, chunks, OnePassStream(head_dim, eps, dtype=jnp.dtype(dtype)))
+    find = _one_lewis_pass if num_passes == 1 else _two_lewis_passes
+    return find(each, chunks, LewisStream(head_dim, eps, float(p)))
+
+
+def fixed_chunks(chunks: Chunks, chunk_rows: int, head_dim: int) -> Iterator[tuple[Float[np.ndarray, "C D"], int]]:
+    """The same rows in arrays of one shape, each with the number of rows that count; the last is padded with zeros.
+
+    Raises:
+      ValueError: For a chunk that is not a floating-point matrix of width `head_dim`.
+    """
+    rest: list[np.ndarray] = []
+    num_waiting = 0
+    for number, chunk in enumerate(chunks):
+        chunk = np.asarray(chunk)
+        if chunk.ndim != 2 or chunk.shape[1] != head_dim or chunk.dtype.kind not in "fV":
+            raise ValueError(
+                f"chunk {number} has shape {chunk.shape} and dtype {chunk.dtype}: it must be floats of shape "
+                f"(keys, {head_dim})"
+            )
+        while num_waiting + len(chunk) >= chunk_rows:
+            head, chunk = chunk[: chunk_rows - num_waiting], chunk[chunk_rows - num_waiting :]
+            yield np.concatenate([*rest, head]) if rest else head, chunk_rows
+            rest, num_waiting = [], 0
+        if len(chunk):
+            rest.append(chunk)
+            num_waiting += len(chunk)
+    if num_waiting:
+        padding = np.zeros((chunk_rows - num_waiting, head_dim), rest[0].dtype)
+        yield np.concatenate([*rest, padding]), num_waiting
+
+
+def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, made in a thread that is up to `depth` ahead; errors come out where the item would have."""
+    ready: queue.Queue = queue.Queue(depth)
+    is_over = threading.Event()
+    end = object()
+
+    def fill():
+        try:
+            for item in items:
+                ready.put((item, None))
+                if is_over.is_set():
+                    return
+            ready.put((end, None))
+        except Exception as error:
+            ready.put((end, error))
+
+    thread = threading.Thread(target=fill, daemon=True)
+    thread.start()
+    try:
+        while (received := ready.get())[0] is not end:
+            yield received[0]
+        if received[1] is not None:
+            raise received[1]
+    finally:
+        is_over.set()
+        while thread.is_alive():  # it may be waiting for room
+            with contextlib.suppress(queue.Empty):
+                ready.get_nowait()
+            thread.join(0.01)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _update(stream, state, keys, num_valid):
+    return stream.update(state, keys, num_valid)
+
+
+def _one_pass(each, chunks, stream):
+    def work(part):
+        state = stream.init(part.start)
+        for number, (keys, num_valid) in enumerate(chunks(part, 1)):
+            state = _update(stream, state, keys, num_valid)
+            if number % _CHECK_EVERY == 0 and int(state.gram.num_bad):
+                break
+        return state
+
+    return stream.finish(functools.reduce(jax.jit(stream.merge), each(work)))
+
+
+@partial(jax.jit, donate_argnums=0)
+def _add(gram, keys, num_valid):
+    return add_keys(gram, keys, num_valid, floor=float("inf"))[0]
+
+
+def _two_passes(each, chunks, stream):
+    def work(part):
+        gram = init_gram(stream.head_dim, stream.dtype)
+        for number, (keys, num_valid) in enumerate(chunks(part, 1)):
+            gram = _add(gram, keys, num_valid)
+            if number % _CHECK_EVERY == 0 and int(gram.num_bad):
+                break
+        if int(gram.num_bad):
+            finish_gram(gram, part.start)  # says where
+        return gram
+
+    gram = finish_gram(functools.reduce(jax.jit(merge_grams), each(work)))
+    num_keys = counts.to_int(gram.num_keys)
+    found, _ = _second_pass(each, chunks, lambda keys: np.asarray(score_bounds(gram, keys)), stream.eps, num_keys)
+    return select(gram, *found, stream.eps)
+
+
+def _one_lewis_pass(each, chunks, stream):
+    def work(part):
+        state = stream.init(part.start)
+        for keys, num_valid in chunks(part, 1):
+            state = stream.update(state, keys, num_valid)
+            if state.first_bad >= 0:
+                break
+        return state
+
+    return stream.finish(functools.reduce(stream.merge, each(work)))
+
+
+def _two_lewis_passes(each, chunks, stream):
+    def work(part):
+        state = stream.init(part.start)
+        for keys, num_valid in chunks(part, 1):
+            state, _ = stream.summarise(state, keys, num_valid)
+            if state.first_bad >= 0:
+                break
+        return state
+
+    state = functools.reduce(stream.merge, each(work))
+    check_stream(state)
+    form = stream.form(state)
+    found, total = _second_pass(each, chunks, lambda keys: stream.bounds(form, keys), stream.eps, state.num_keys)
+    positions, bounds, keys = found
+    return stream.select(
+        state._replace(positions=positions, bounds=bounds, keys=keys, dropped=total - float(np.sum(bounds)))
+    )
+
+
+def _second_pass(each, chunks, bounds_fn, eps, num_keys):
+    """Positions, bounds and keys of those that pass; and the sum of all bounds."""
+
+    def work(part):
+        found, total, first = [], 0.0, part.start
+        for keys, num_valid in chunks(part, 2):
+            bounds = bounds_fn(keys)[:num_valid]
+            chosen = np.flatnonzero(passes(bounds, eps))
+            found.append((first + chosen, bounds[chosen], keys[chosen]))
+            total += float(np.sum(bounds, dtype=np.float64))
+            first += num_valid
+        return found, total, first - part.start
+
+    found, totals, lengths = zip(*each(work), strict=True)
+    if sum(lengths) != num_keys:
+        raise ValueError(
+            f"the second pass gave {sum(lengths)} keys, the first {num_keys}: open_chunks must start afresh"
+        )
+    columns = zip(*itertools.chain.from_iterable(found), strict=True)
+    return tuple(np.concatenate(column) for column in columns), sum(totals)

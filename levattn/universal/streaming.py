@@ -1,0 +1,263 @@
+"""Universal sets of x^2 for keys that pass by once, in chunks, in memory that does not grow with their number.
+
+Leverage scores only fall as keys arrive. A key whose score among the keys so far is below eps is therefore dropped
+for good, and what is left at the end, scored once more, is the set that an offline computation finds. The scores so
+far sum to at most the rank, so that no more than D / eps keys wait: D^2 + D^2 / eps numbers, to a constant.
+Source: LevAttention (ICLR 2025, arXiv 2410.05462), its streaming section; the one-pass rule is this project's.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt
+
+from levattn.universal import counts
+from levattn.universal.running_gram import (
+    RunningGram,
+    add_keys,
+    init_gram,
+    merge_grams,
+    rank,
+    score,
+    sharpen,
+    slack,
+)
+from levattn.universal.sets import UniversalSet, check_eps, passes
+
+
+class OnePassState(NamedTuple):
+    """Keys so far. A pytree of arrays of fixed shapes; `N` is the capacity of the stream.
+
+    Attributes:
+      gram: Of all keys so far.
+      keys: Those that may yet be in the set; `num_kept` of them, then rubbish.
+      positions: Where they stood in the whole stream, as two uint32 (high, low).
+      num_kept: See above.
+      num_lost: Keys that there was no room for. The set cannot be had then, and `finish` says so.
+      start: Position of the first key that this state saw.
+    """
+
+    gram: RunningGram
+    keys: Float[Array, "N D"]
+    positions: UInt[Array, "N 2"]
+    num_kept: Int[Array, ""]
+    num_lost: Int[Array, ""]
+    start: UInt[Array, "2"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnePassStream:
+    """The universal set of x^2 in one pass. Methods are pure; all but `finish` may be jitted.
+
+        stream = OnePassStream(head_dim=64, eps=0.01)
+        state, update = stream.init(), jax.jit(stream.update)
+        for chunk in chunks:
+            state = update(state, chunk)
+        universal = stream.finish(state)
+
+    Args:
+      head_dim: Width of the keys, D.
+      eps: The threshold, in (0, 1].
+      capacity: Keys that may wait. None: 2 D / eps. More means rarer housekeeping; fewer than D / eps may not do.
+      dtype: float32, or float64 (with `jax_enable_x64`) for keys of condition numbers beyond about 1e4.
+
+    Raises:
+      ValueError: For a width, threshold, capacity or dtype out of range.
+    """
+
+    head_dim: int
+    eps: float
+    capacity: int | None = None
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        check_eps(self.eps)
+        init_gram(self.head_dim, self.dtype)
+        if self.capacity is not None and self.capacity < 1:
+            raise ValueError(f"capacity={self.capacity} must be at least 1: None takes 2 D / eps")
+
+    def init(self, start: int = 0) -> OnePassState:
+        """No keys yet.
+
+        Args:
+          start: Position of the first key to come in the whole stream, of which this state may see a part.
+
+        Raises:
+          ValueError: If it is negative.
+        """
+        if start < 0:
+            raise ValueError(f"{start=} must not be negative")
+        capacity = self.capacity or math.ceil(2 * self.head_dim / self.eps)
+        return OnePassState(
+            gram=init_gram(self.head_dim, self.dtype),
+            keys=jnp.zeros((capacity, self.head_dim), self.dtype),
+            positions=jnp.zeros((capacity, 2), jnp.uint32),
+            num_kept=jnp.zeros((), jnp.int32),
+            num_lost=jnp.zeros((), jnp.int32),
+            start=counts.to_count(start),
+        )
+
+    def update(
+        self, state: OnePassState, keys: Float[Array | np.ndarray, "C D"], num_valid: Int[Array, ""] | int | None = None
+    ) -> OnePassState:
+        """Takes in the next keys.
+
+        Args:
+          state: Keys so far.
+          keys: A chunk. Each shape is compiled under jit: pad chunks to one size.
+          num_valid: How many leading rows of it count. None: all.
+
+        Returns:
+          The state after them. Cost: 4 C D^2 operations; a QR factorisation and a pass over the waiting keys whenever
+          the number of keys has doubled, the room is full, or something new comes.
+        """
+        keys = jnp.asarray(keys)
+        num_valid = len(keys) if num_valid is None else num_valid
+        capacity = len(state.keys)
+        gram, scores = add_keys(
+            state.gram,
+            keys,
+            num_valid,
+            floor=self.eps * (1 - slack(self.dtype)),
+            refresh_if=lambda s: state.num_kept + jnp.sum(self._may_stay(s)) > capacity,
+        )
+        kept = jax.lax.cond(
+            gram.num_refreshes > state.gram.num_refreshes,
+            lambda: self._sift(gram, state.keys, state.positions, jnp.arange(capacity) < state.num_kept, capacity),
+            lambda: (state.keys, state.positions, state.num_kept, jnp.int32(0)),
+        )
+        arrives = self._may_stay(scores)
+        waiting, positions, num_kept, num_lost = jax.lax.cond(
+            jnp.any(arrives), lambda: self._append(kept, keys, arrives, state), lambda: kept
+        )
+        return OnePassState(gram, waiting, positions, num_kept, state.num_lost + num_lost, state.start)
+
+    def merge(self, first: OnePassState, second: OnePassState) -> OnePassState:
+        """The state after the keys of both, wherever and in whichever order they were seen.
+
+        To take in more keys afterwards, the second must have seen those that follow the first's. Cost: one QR and one
+        SVD of D x D matrices, 2 D^2 operations a waiting key.
+        """
+        gram = merge_grams(first.gram, second.gram)
+        # Bad keys are counted from the start of the state that holds them.
+        moved = counts.add(second.gram.first_bad, counts.subtract(second.start, first.start))
+        gram = gram._replace(first_bad=jnp.where(first.gram.num_bad > 0, first.gram.first_bad, moved))
+        there = [jnp.arange(len(s.keys)) < s.num_kept for s in (first, second)]
+        keys, positions, is_there = (
+            jnp.concatenate(pair)
+            for pair in ((first.keys, second.keys), (first.positions, second.positions), tuple(there))
+        )
+        keys, positions, num_kept, num_lost = self._sift(gram, keys, positions, is_there, len(first.keys))
+        num_lost += first.num_lost + second.num_lost
+        return OnePassState(gram, keys, positions, num_kept, num_lost, first.start)
+
+    def finish(self, state: OnePassState) -> UniversalSet:
+        """The set, every waiting key scored once more against all that came. Runs on the host.
+
+        Raises:
+          ValueError: No key came, some key was not finite, or there was no room for all that had to wait.
+        """
+        gram = finish_gram(state.gram, counts.to_int(state.start))
+        if num_lost := int(state.num_lost):
+            raise ValueError(
+                f"{num_lost} keys had to wait and found capacity={len(state.keys)} full, so that the set is not known: "
+                "leave capacity to the stream, use dtype=float64 for ill-conditioned keys, or take two passes"
+            )
+        num_kept = int(state.num_kept)
+        keys = np.asarray(state.keys[:num_kept])
+        scores = np.asarray(score_bounds(gram, state.keys))[:num_kept]
+        pairs = np.asarray(state.positions[:num_kept]).astype(np.int64)
+        return select(gram, (pairs[:, 0] << 32) + pairs[:, 1], scores, keys, self.eps)
+
+    def _may_stay(self, scores):
+        return scores >= self.eps * (1 - slack(self.dtype))
+
+    def _sift(self, gram, keys, positions, is_there, capacity):
+        """Scores waiting keys anew and moves those that stay to the front."""
+        stays = is_there & self._may_stay(score(gram, keys))
+        order = jnp.argsort(~stays, stable=True)[:capacity]
+        num_stay = jnp.sum(stays, dtype=jnp.int32)
+        num_kept = jnp.minimum(num_stay, capacity)
+        return keys[order], positions[order], num_kept, num_stay - num_kept
+
+    def _append(self, kept, keys, arrives, state):
+        waiting, positions, num_kept, num_lost = kept
+        capacity = len(waiting)
+        slots = jnp.where(arrives, num_kept + jnp.cumsum(arrives) - 1, capacity)  # the others fall off the end
+        came_at = counts.add_small(counts.add(state.start, state.gram.num_keys), jnp.arange(len(keys)))
+        total = num_kept + jnp.sum(arrives, dtype=jnp.int32)
+        return (
+            waiting.at[slots].set(keys.astype(waiting.dtype), mode="drop"),
+            positions.at[slots].set(came_at, mode="drop"),
+            jnp.minimum(total, capacity),
+            num_lost + jnp.maximum(total - capacity, 0),
+        )
+
+
+def finish_gram(gram: RunningGram, start: int = 0) -> RunningGram:
+    """The final Gram matrix, at its sharpest: what the second of two passes scores keys by.
+
+    Raises:
+      ValueError: No key came, or some key was not finite; the message says which.
+    """
+    if num_bad := int(gram.num_bad):
+        raise ValueError(
+            f"{num_bad} of {counts.to_int(gram.num_keys)} keys hold NaN or infinity, the first at position "
+            f"{start + counts.to_int(gram.first_bad)}: mask or drop such keys first"
+        )
+    if not counts.to_int(gram.num_keys):
+        raise ValueError("there are no keys: the stream was empty")
+    return jax.jit(sharpen)(gram)
+
+
+@jax.jit
+def score_bounds(gram: RunningGram, keys: Float[Array, "C D"]) -> Float[Array, " C"]:
+    """Upper bounds on the leverage scores of keys under a final Gram matrix, at most 1, rounding included."""
+    return jnp.minimum(score(gram, keys) * (1 + slack(gram.gram.dtype)), 1)
+
+
+def select(
+    gram: RunningGram,
+    positions: Int[np.ndarray, " N"],
+    bounds: Float[np.ndarray, " N"],
+    keys: Float[np.ndarray, "N D"],
+    eps: float,
+) -> UniversalSet:
+    """The set among keys that were scored by `score_bounds`.
+
+    Args:
+      gram: From `finish_gram`.
+      positions: Of the keys in the stream.
+      bounds: Their scores; every key that is not given must be known to score less than eps.
+      keys: The keys.
+      eps: The threshold.
+    """
+    bounds = np.asarray(bounds, np.float32)
+    chosen = np.flatnonzero(passes(bounds, eps))
+    chosen = chosen[np.argsort(positions[chosen], kind="stable")]
+    inflation = float(jnp.max(jnp.where(gram.unresolved, 1, gram.inflation)))
+    head_dim, num_resolved = gram.factor.shape[1], int(rank(gram))
+    bound = min(num_resolved * inflation * (1 + slack(gram.gram.dtype)), counts.to_int(gram.num_keys)) / eps
+    guarantee = (
+        "f = x^2: every key whose leverage score is at least eps is in the set, for all queries; scores are upper "
+        f"bounds, too large by at most a factor {inflation:.4g} for the rounding of {gram.gram.dtype}"
+    )
+    num_unresolved = int(np.sum(bounds[chosen] >= 1))
+    if num_resolved < head_dim:
+        guarantee += (
+            f"; {num_resolved} of {head_dim} directions are resolved: a key with a part in the others, beyond its own "
+            "rounding, is kept with score 1"
+        )
+        bound += num_unresolved
+    return UniversalSet(
+        indices=positions[chosen],
+        scores=bounds[chosen],
+        eps=float(eps),
+        size_bound=float(bound),
+        guarantee=guarantee,
+        keys=np.asarray(keys[chosen], np.float32),
+    )
