@@ -16,7 +16,8 @@ lev_attention = jax.jit(attention.lev_attention, static_argnames=("spec", "grid"
 
 BATCH, TOKENS, HEADS, WIDTH, KEPT = 2, 21, 3, 8, 6
 SELECTING = [name for name in METHODS if name != "dense"]
-MERGING = ["leverage_merged", "leverage_groups", "groups", "matched"]  # their slots: tests/test_attention_merge.py
+# Their slots: tests/test_attention_merge.py and tests/test_attention_pivoted.py.
+MERGING = ["leverage_merged", "leverage_groups", "groups", "matched", "pivoted"]
 KEEPING = [name for name in METHODS if name not in MERGING]
 
 

@@ -1,5 +1,6 @@
 """Methods that merge: no key is dropped, a slot is the mean of its members, and the fit helps where it should."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from levattn.attention import AttentionSpec, get_method, lev_attention
 from levattn.attention.groups import grouping_points
+from levattn.attention.kmeans import farthest_points, farthest_points_of_strips
 from levattn.attention.local import window_neighbours, window_size
 from levattn.attention.matched import settle
 
@@ -159,6 +161,45 @@ def test_matched_counts_its_window_in_k():
     assert settle(AttentionSpec("leverage", k=14), TOKENS, GRID) == AttentionSpec("leverage", k=14)
     with pytest.raises(ValueError, match="k=9 must exceed 9 keys of local_window"):
         settle(AttentionSpec("matched", k=9, local_window=(3, 3)), TOKENS, GRID)
+
+
+@pytest.mark.parametrize("num_points, num_strips", [(24, 3), (25, 3), (70, 8)])
+def test_seeds_by_strips_are_each_the_farthest_of_its_strip_and_all_distinct(num_points, num_strips):
+    """Against a plain loop; 130 tokens do not divide evenly, some do not exist."""
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(1, 1, 130, 3)).astype(np.float32)
+    exists = np.ones((1, 1, 130), bool)
+    exists[..., :2] = exists[..., 40] = False
+    seeds = np.asarray(jax.jit(farthest_points_of_strips, static_argnums=2)(points, exists, num_points))[0, 0]
+    assert seeds.shape == (num_points,)
+    length = int(np.ceil(130 / num_strips))
+    chosen: list[int] = []
+    while len(chosen) < num_points:
+        centres = np.concatenate([points[0, 0, chosen], np.zeros((1 if not chosen else 0, 3))])
+        distances = np.square(points[0, 0, :, None] - centres).sum(-1)
+        distances = np.minimum(distances.min(-1), np.square(points[0, 0]).sum(-1))
+        distances = np.where(exists[0, 0], distances, -1)
+        chosen += [int(start + distances[start : start + length].argmax()) for start in range(0, 130, length)]
+    np.testing.assert_array_equal(seeds, chosen[:num_points])
+    assert len(set(seeds.tolist())) == num_points
+    assert np.all(exists[0, 0, seeds])
+
+
+def test_a_few_seeds_by_strips_are_the_farthest_points():
+    points = np.random.default_rng(1).normal(size=(2, 2, 40, 4)).astype(np.float32)
+    exists = np.ones((2, 2, 40), bool)
+    seeds = [jax.jit(f, static_argnums=2)(points, exists, 15) for f in (farthest_points, farthest_points_of_strips)]
+    np.testing.assert_array_equal(*seeds)
+
+
+@pytest.mark.parametrize("method", ["groups", "matched"])
+def test_seeding_by_strips_costs_little_accuracy(method):
+    inputs = _image_like()
+    spec = AttentionSpec(method, k=24, keep_prefix=1)
+    strips = dataclasses.replace(spec, seeding="strips")
+    farthest, by_strips = (_error(apply(*inputs, s, grid=GRID), *inputs) for s in (spec, strips))
+    assert farthest != by_strips
+    assert by_strips < 1.5 * farthest
 
 
 @pytest.mark.parametrize("method", MERGING)

@@ -42,17 +42,17 @@ def test_sparse_attention_costs_less_than_dense_by_what_it_leaves_out():
     config = ModelConfig("S/16", depth=1)
     sparse = dataclasses.replace(config, attention=AttentionSpec("leverage", k=32))
     s, k, c, h, d = 196, 32, 384, 6, 64
-    gram, cholesky, inverse, whitening, norms = 2 * s * d * d, d**3 // 3, d**3, 2 * s * d * d, 2 * s * d
+    gram, cholesky, inverse, whitening, norms = 2 * s * d * d, d**3 // 3, 2 * d**3 // 3, 2 * s * d * d, 2 * s * d
     saved = 4 * s * (s - k) * c + 6 * h * s * (s - k) - h * (gram + cholesky + inverse + whitening + norms)
     assert forward_flops(config, (224, 224, 3)) - forward_flops(sparse, (224, 224, 3)) == saved
 
 
 @pytest.mark.parametrize("tokens, head_dim", [(197, 64), (50, 16)])
 def test_leverage_scores_cost_what_the_compiler_counts(tokens, head_dim):
-    """Of the matrix products: the compiler counts a factorisation or a triangular inverse, a call to LAPACK, as 0."""
+    """Of the matrix products: the compiler counts a factorisation, a call to LAPACK, as 0."""
     keys = jnp.zeros((1, tokens, 4, head_dim))
     compiled = jax.jit(lambda keys: leverage_scores(keys, method="gram")).lower(keys).compile()
-    factorisation = 4 * (head_dim**3 + head_dim**3 // 3)
+    factorisation = 4 * (head_dim**3 // 3)
     products = selection_flops(AttentionSpec("leverage"), tokens, 4, head_dim) - factorisation
     assert products == pytest.approx(compiled.cost_analysis()["flops"], rel=0.1)
 

@@ -11,6 +11,7 @@ from levattn.attention import AttentionSpec
 from levattn.data import open_source
 from levattn.training.agreement import first_images, layer_errors
 from levattn.training.calibrate import allocate, calibrate, read_budgets, write_budgets
+from levattn.training.config import EvalConfig
 from tests.retrofits import MODEL, TOKENS, tiny_model
 
 SPEC = AttentionSpec("leverage", k=6, keep_prefix=1)
@@ -67,6 +68,37 @@ def test_budgets_keep_the_mean_and_are_never_worse_than_an_equal_share(budgets, 
     assert all(spec.method == "leverage" and spec.keep_prefix == 1 for spec in budgets.attention)
 
 
+@pytest.fixture(scope="module")
+def by_head(setup):
+    params, images = setup
+    return calibrate(MODEL, params, images, SPEC, classifier=True, by_head=True, candidates=(2, 4, 8, 10))
+
+
+def test_budgets_by_head_keep_the_mean_and_are_never_worse_than_an_equal_share(by_head, setup):
+    assert sum(by_head.k) == pytest.approx(3 * SPEC.k)
+    assert any(spec.k_per_head is not None for spec in by_head.attention)
+    for spec in by_head.attention:
+        assert {*(spec.k_per_head or (spec.k,))} <= {2, 4, 6, 8, 10}
+        assert (spec.method, spec.keep_prefix) == ("leverage", 1)
+    assert by_head.objective <= 1
+    assert by_head.cosine >= by_head.uniform_cosine
+    measured = layer_errors(MODEL, *setup, [by_head.attention, SPEC])
+    np.testing.assert_allclose(np.sqrt(measured), [by_head.error, by_head.uniform_error], rtol=1e-5)
+
+
+def test_an_error_by_head_is_that_of_the_layer_if_the_other_heads_are_dense(setup):
+    """Keeping all tokens is dense attention: then the whole error is that of the head that does not."""
+    of_heads = layer_errors(MODEL, *setup, [AttentionSpec("leverage", k=4)], by_head=True)[0]
+    assert of_heads.shape == (MODEL.depth, MODEL.num_heads)
+    one_head = [AttentionSpec("leverage", k_per_head=k) for k in ((4, TOKENS), (TOKENS, 4))]
+    np.testing.assert_allclose(of_heads.T, layer_errors(MODEL, *setup, one_head), rtol=1e-4)
+
+
+def test_budgets_by_head_come_back_from_their_file(by_head, tmp_path):
+    write_budgets(tmp_path / "budgets.json", by_head)
+    assert read_budgets(tmp_path / "budgets.json") == by_head.attention
+
+
 def test_a_target_is_reached_by_the_fewest_keys(setup):
     params, images = setup
     ks = (1, 4, 6, 8, 12, TOKENS)
@@ -115,9 +147,18 @@ def test_a_file_that_holds_no_budgets_is_refused_by_name(tmp_path, text):
     [
         (AttentionSpec("dense"), "only k can be chosen"),
         (AttentionSpec("leverage", k=None, eps=0.5), "only k can be chosen"),
+        (AttentionSpec("leverage", k_per_head=(4, 8)), "only k can be chosen"),
         (AttentionSpec("leverage", k=18), r"k=18 must be in \[1, 17\]"),
     ],
 )
 def test_what_has_no_k_to_choose_is_refused(setup, spec, message):
     with pytest.raises(ValueError, match=message):
         calibrate(MODEL, *setup, spec, classifier=True)
+
+
+def test_a_target_for_heads_is_refused(setup):
+    with pytest.raises(ValueError, match=r"target_error=0\.1 must be None with by_head"):
+        calibrate(MODEL, *setup, SPEC, classifier=True, by_head=True, target_error=0.1)
+    for wrong in ({"calibrate_heads": True}, {"calibrate_heads": True, "calibrate": 4, "target_error": 0.1}):
+        with pytest.raises(ValueError, match="calibrate_heads needs calibrate"):
+            EvalConfig("run", attention=("leverage",), **wrong)

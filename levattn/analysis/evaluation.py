@@ -75,10 +75,14 @@ def chosen_attentions(config: EvalConfig, trained: LoadedModel) -> list[Attentio
     """
     own = attention_of(trained.config.model)
     first = own[0] if isinstance(own, tuple) else own
-    fields = dataclasses.asdict(first) | config.option
+    if config.k and config.option.get("k_per_head") is not None:
+        raise ValueError("k and option k_per_head must not both be given: k_per_head goes in place of k")
+    own_budgets = {"k_per_head": None} if config.k else {}
+    fields = dataclasses.asdict(first) | own_budgets | config.option
+    needs_k = fields["eps"] is None and fields["k_per_head"] is None
     bases = [
         from_config_dict(AttentionSpec, fields | {"k": k}, name="--k and --option")
-        for k in config.k or (32 if fields["eps"] is None else None,)
+        for k in config.k or (32 if needs_k else None,)
     ]
     # Options by themselves go to the method that the model was trained with.
     methods = config.attention or ([bases[0].method] if config.option or config.k else [])
@@ -104,6 +108,7 @@ def _calibrate(config: EvalConfig, trained: LoadedModel, spec: Attention, source
         images,
         spec,
         classifier=trained.is_classifier,
+        by_head=config.calibrate_heads,
         target_error=config.target_error,
         seed=trained.config.seed,
     )
@@ -113,7 +118,8 @@ def _calibrate(config: EvalConfig, trained: LoadedModel, spec: Attention, source
         f"error, k={spec.k}": budgets.uniform_error,
         "influence": budgets.influence,
     }
-    print_by_layer(f"{spec.method}, k by layer: {np.mean(budgets.k):g} on average", columns)
+    each = "layer and head" if config.calibrate_heads else "layer"
+    print_by_layer(f"{spec.method}, k by {each}: {np.mean(budgets.k):g} on average", columns)
     uniform = f"{budgets.uniform_cosine:.4f} with k={spec.k} in every layer"
     print(f"cosine of the embedding to dense attention: {budgets.cosine:.4f}; {uniform}")
     write_budgets(out / BUDGETS_FILE, budgets)

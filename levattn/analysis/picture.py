@@ -137,6 +137,7 @@ def plot_attention(
         spec, depth = attention_specs(model_config)[layer], model_config.dims.depth
         where = f"layer {layer % depth + 1} of {depth}"
         size = f"k = {spec.k} of" if spec.eps is None else f"eps = {spec.eps:g},"
+        size = size if spec.k_per_head is None else "k by head, of"
         title = f"What {spec.method} attention keeps in {where} ({size} {num_tokens} tokens)"
         if len(heads) < num_heads:
             title += f", {len(heads)} of {num_heads} heads"

@@ -7,4 +7,5 @@ from levattn.attention.layer import LevSelfAttention as LevSelfAttention
 from levattn.attention.layer import lev_attention as lev_attention
 from levattn.attention.registry import METHODS as METHODS
 from levattn.attention.registry import get_method as get_method
+from levattn.attention.sequence_parallel import sequence_parallel_attention as sequence_parallel_attention
 from levattn.attention.spec import AttentionSpec as AttentionSpec

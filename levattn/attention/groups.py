@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from levattn.attention.coreset import Coreset, zero_masked
-from levattn.attention.kmeans import farthest_points
+from levattn.attention.kmeans import farthest_points, farthest_points_of_strips
 from levattn.attention.merge import half_variance, membership, merge
 from levattn.attention.scored import leverage
 from levattn.attention.select import is_selected, num_kept
 from levattn.attention.spec import AttentionSpec
+from levattn.core import linalg
 from levattn.core.leverage import centre_keys
 
 # A difference of values weighs half as much as one of logits, both relative to their mean square over the keys.
@@ -57,7 +58,7 @@ def groups(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Corese
 
     k-means seeded by farthest points, mean key and mean value, log count and half the variance of the logits as the
     weight. A threshold eps only bounds the number of groups, by D / eps. Deterministic. Cost: about
-    8 B H S K D (2 + num_iters) operations, the seeding in K sequential steps.
+    8 B H S K D (2 + num_iters) operations, the seeding in K sequential steps, with seeding="strips" in K / 8.
     """
     del rng
     query, key, value = zero_padding(query, key, value, mask)
@@ -91,7 +92,8 @@ def merge_groups(
     grouped = ~alone & existing(key, mask)
     slots = jnp.zeros(_head_shape(key), int)
     if num_slots > num_alone:
-        seeds = farthest_points(points, grouped, num_slots - num_alone)
+        seed_fn = farthest_points if spec.seeding == "farthest" else farthest_points_of_strips
+        seeds = seed_fn(points, grouped, num_slots - num_alone)
         centres = jnp.take_along_axis(points, seeds[..., None], axis=2)
         slots = num_alone + nearest_after_lloyd(points, centres, jnp.where(grouped, weights, 0), spec.num_iters)
     slots = jnp.where(alone, jnp.cumsum(alone, axis=-1) - 1, slots)
@@ -145,7 +147,7 @@ def grouping_points(
         num_queries = jnp.maximum(jnp.sum(mask, axis=1), 1)[:, None, None, None]
     second_moment /= num_queries
     ridge = _RIDGE * jnp.trace(second_moment, axis1=-2, axis2=-1)[..., None, None] / head_dim + 1e-30
-    factor = jnp.linalg.cholesky(second_moment + ridge * jnp.eye(head_dim))
+    factor = linalg.cholesky(second_moment + ridge * jnp.eye(head_dim))
     logit_points = jnp.einsum("bshd,bhde->bhse", centre_keys(key, mask), factor)
     values = jnp.swapaxes(centre_keys(value, mask), 1, 2)
     spreads = [jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True) for x in (logit_points, values)]

@@ -5,11 +5,17 @@ Source of the idea: "Efficient Attention via Pre-Scoring" (arXiv 2505.11040), wh
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from levattn.attention.coreset import Coreset, gather
 from levattn.attention.select import num_kept
 from levattn.core.leverage import centre_keys
+
+# Seeding by strips: about as many sequential steps as this, but no more strips than the second. On CLIP's keys the
+# error of "matched" then grows by 0.4 % (32 of 197), 2.5 % (64 of 197), -4 % (32 of 785), -0.4 % (64) and 7 % (128).
+_STRIP_STEPS = 8
+_MAX_STRIPS = 8
 
 
 def kmeans(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Coreset:
@@ -70,6 +76,36 @@ def farthest_points(
 
     _, chosen = jax.lax.scan(step, jnp.sum(jnp.square(points), axis=-1), None, length=num_points)
     return jnp.moveaxis(chosen, 0, -1)
+
+
+def farthest_points_of_strips(
+    points: Float[Array, "B H S D"], exists: Bool[Array, "B H S"], num_points: int
+) -> Int[Array, "B H K"]:
+    """Gonzalez' traversal of many points at a time: each step takes the farthest one in every strip of the sequence.
+
+    There are as many strips as make about eight steps, eight at most. Neighbours on a grid of patches are alike, so
+    that the farthest points of two strips are seldom near each other. With few points to choose there is one strip:
+    then it is `farthest_points`.
+
+    Cost: about 4 B H S K D operations, in K / (number of strips) sequential steps.
+    """
+    num_keys = points.shape[2]
+    length = -(-num_keys // min(max(1, num_points // _STRIP_STEPS), _MAX_STRIPS))
+    num_strips = -(-num_keys // length)
+    starts = np.arange(num_strips) * length
+    padding = num_strips * length - num_keys
+
+    def step(nearest, _):
+        distances = jnp.pad(jnp.where(exists, nearest, -1.0), ((0, 0), (0, 0), (0, padding)), constant_values=-2.0)
+        chosen = jnp.argmax(distances.reshape(*distances.shape[:2], num_strips, length), axis=-1) + starts
+        new = _take(points, chosen)
+        squares = jnp.sum(jnp.square(points), axis=-1)[..., None]
+        distance = squares + jnp.min(_squared_distances(points, new), axis=-1, keepdims=True)
+        return jnp.minimum(nearest, jnp.maximum(distance[..., 0], 0)), chosen
+
+    num_steps = -(-num_points // num_strips)
+    _, chosen = jax.lax.scan(step, jnp.sum(jnp.square(points), axis=-1), None, length=num_steps)
+    return jnp.moveaxis(chosen, 0, 2).reshape(*points.shape[:2], -1)[..., :num_points]
 
 
 def _take(points, indices):

@@ -24,6 +24,7 @@ from levattn.attention.local import remaining_sizes, window_neighbours, window_s
 from levattn.attention.merge import membership, slot_sizes
 from levattn.attention.select import num_kept
 from levattn.attention.spec import AttentionSpec
+from levattn.core import linalg
 
 _CROSS_MIN_K = 12  # With fewer keys, five for the neighbourhood leave too few for the rest.
 _LANDMARKS_PER_KEY = 2  # Values are fitted by least squares: more equations than unknowns.
@@ -151,8 +152,8 @@ def _fit(
     )
     normal = jnp.einsum("bhmk,bhml->bhkl", slot_share, slot_share)
     ridge = _VALUE_RIDGE * jnp.trace(normal, axis1=-2, axis2=-1)[..., None, None] / num_slots + 1e-20
-    factor = jax.scipy.linalg.cho_factor(normal + ridge * jnp.eye(num_slots))
-    slot_values += jax.scipy.linalg.cho_solve(factor, jnp.einsum("bhmk,bhmd->bhkd", slot_share, missing))
+    seen = jnp.einsum("bhmk,bhmd->bhkd", slot_share, missing)
+    slot_values += linalg.cholesky_solve(normal + ridge * jnp.eye(num_slots), seen)
     return coreset.replace(
         values=jnp.swapaxes(slot_values, 1, 2).astype(value.dtype),
         log_weights=extra + log_sizes,

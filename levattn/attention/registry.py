@@ -10,6 +10,7 @@ from levattn.attention.dense import dense
 from levattn.attention.groups import groups, leverage_groups, leverage_merged
 from levattn.attention.kmeans import kmeans
 from levattn.attention.matched import matched
+from levattn.attention.pivoted import pivoted
 from levattn.attention.scored import leverage, oracle, random, row_norm
 from levattn.attention.spec import AttentionSpec
 
@@ -55,6 +56,7 @@ METHODS: dict[str, Method] = {
     "leverage_groups": leverage_groups,
     "groups": groups,
     "matched": matched,
+    "pivoted": pivoted,
 }
 
 

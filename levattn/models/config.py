@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from levattn.attention import AttentionSpec, get_method
+from levattn.attention.budgets import heads_by_budget
 from levattn.models.variants import Variant, decode
 
 POOLS = ("cls", "gap", "map", "cls_gap")
@@ -131,6 +132,7 @@ class ModelConfig:
         specs = set(attention_specs(self))
         for spec in specs:
             get_method(spec.method)  # refuses an unknown name
+            heads_by_budget(spec, dims.num_heads)  # and budgets of another number of heads
         if self.scan and len(specs) > 1:
             raise ValueError("scan=True needs the same attention in all layers: set scan=False for attention_by_layer")
 

@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from levattn.attention.budgets import heads_by_budget
 from levattn.attention.local import window_size
 from levattn.attention.matched import num_landmarks
 from levattn.attention.select import num_kept
@@ -33,7 +34,7 @@ def num_tokens(config: ModelConfig, image_shape: tuple[int, int, int]) -> int:
 
 
 def num_keys(spec: AttentionSpec, tokens: int, head_dim: int) -> int:
-    """Keys that each query attends to under `spec`, local ones included, at most all of them."""
+    """Keys that each query attends to under `spec`, of one k for all heads, local ones included, at most all."""
     if spec.method == "dense":
         return tokens
     # "matched" counts local keys in its k.
@@ -44,28 +45,29 @@ def num_keys(spec: AttentionSpec, tokens: int, head_dim: int) -> int:
 def selection_flops(spec: AttentionSpec, tokens: int, num_heads: int, head_dim: int) -> int:
     """Operations a layer spends on an image to choose its keys.
 
-    leverage, by the Gram route: Gram matrix (2 S D^2), its Cholesky factor (D^3 / 3), the inverse of that (D^3), the
-    keys times the inverse (2 S D^2) and squared norms (2 S D), per head. Methods that merge work on points of 2 D
-    coordinates; "matched" is taken with all of its k in groups. Methods this does not know count as 0: their part is
-    then a lower bound.
+    leverage, by the Gram route: Gram matrix (2 S D^2), its Cholesky factor (D^3 / 3), the inverse of that
+    (2 D^3 / 3), the keys times the inverse (2 S D^2) and squared norms (2 S D), per head. Methods that merge work on
+    points of 2 D coordinates; "matched" is taken with all of its k in groups. Methods this does not know count as 0:
+    their part is then a lower bound.
     """
     if spec.method == "dense":
         return 0
     s, d, k = tokens, head_dim, num_kept(spec, tokens, head_dim)
-    leverage = 4 * s * d**2 + d**3 + d**3 // 3 + 2 * s * d
+    leverage = 4 * s * d**2 + 2 * d**3 // 3 + d**3 // 3 + 2 * s * d
     points = 4 * s * d**2 + d**3 // 3  # second moment of the queries, its Cholesky factor, keys in its coordinates
     means = 4 * s * k * d
     seeds, distances = 6 * s * k * d, 4 * s * k * d
     grouping = seeds + (spec.num_iters + 1) * distances + spec.num_iters * means + 2 * s * k * d + means
     m = min(s, num_landmarks(spec, k))
     landmarks = 4 * m * s * d + 2 * m * k * d + 2 * m * s * k  # dense, logits of the groups, mass of the groups
-    fit = 2 * m * k**2 + k**3 // 3 + 4 * m * k * d + 2 * k**2 * d
+    fit = 2 * m * k**2 + k**3 + 4 * m * k * d + 4 * k**2 * d
     per_head = {
         "leverage": leverage,
         "leverage_merged": leverage + points + distances + means,
         "leverage_groups": leverage + points + grouping,
         "groups": points + grouping,
         "matched": points + grouping + landmarks + fit,
+        "pivoted": 2 * s * k * (3 * d + 2 * k) + k**3,  # kernel twice, factor, solve, values
         "row_norm": 2 * s * d,
         "kmeans": (spec.num_iters + 1) * 4 * s * k * d,  # distances to k centres and sums of their members
         "oracle": 2 * s**2 * d,
@@ -89,11 +91,13 @@ def forward_flops(config: ModelConfig, image_shape: tuple[int, int, int]) -> int
     mlp_layers = 3 if config.activation == "swiglu" else 2
     flops = 2 * patches * dims.patch**2 * image_shape[2] * c
     for spec in attention_specs(config):
-        keys = num_keys(spec, s, c // h)
         projections, mlp = 8 * s * c**2, 2 * mlp_layers * s * c * m
-        attention = 4 * s * keys * c + 6 * h * s * keys
         elementwise = 20 * s * c + 10 * s * m
-        flops += projections + mlp + attention + elementwise + selection_flops(spec, s, h, c // h)
+        flops += projections + mlp + elementwise
+        for of_group, heads in heads_by_budget(spec, h):
+            keys = num_keys(of_group, s, c // h)
+            attention = len(heads) * (4 * s * keys * (c // h) + 6 * s * keys)
+            flops += attention + selection_flops(of_group, s, len(heads), c // h)
     if config.pool == "map":
         flops += 4 * (patches + 1) * c**2 + 4 * patches * c + 2 * mlp_layers * c * m
     pooled = 2 * c if config.pool == "cls_gap" else c

@@ -49,8 +49,9 @@ def layer_errors(
     batches: Sequence[Float[Array, "_ height width channels"]],
     attentions: Sequence[Attention],
     *,
+    by_head: bool = False,
     seed: int = 0,
-) -> Float[np.ndarray, "A L"]:
+) -> Float[np.ndarray, "A L"] | Float[np.ndarray, "A L H"]:
     """Squared error of each layer's attention against dense attention, relative to the squared norm of the latter.
 
     Every layer is handed the queries, keys and values that it has in the dense model, so that its error is its own.
@@ -62,6 +63,8 @@ def layer_errors(
       params: Of the model.
       batches: Normalised images.
       attentions: To compare.
+      by_head: Split the squared error into that of each head by itself, behind its part of the output projection. The
+        parts do not sum to the whole: errors of two heads may add up, or cancel.
       seed: Of methods that draw at random.
 
     Returns:
@@ -69,15 +72,16 @@ def layer_errors(
     """
     model, params = unrolled(model, jax.tree.map(jnp.asarray, params))
     kernels = [params["Transformer"][f"encoderblock_{i}"][_ATTENTION]["out"]["kernel"] for i in range(model.dims.depth)]
-    sums, count = np.zeros((len(attentions), model.dims.depth)), 0
+    shape = (len(attentions), model.dims.depth) + by_head * (model.dims.num_heads,)
+    sums, count = np.zeros(shape), 0
     for images in batches:
         grid = patch_grid(model, images.shape[1:])
         for layer, inputs in enumerate(dense_inputs(model, params, images)):
             key = jax.random.fold_in(jax.random.key(seed), layer)
             for i, attention in enumerate(attentions):
                 spec = attention[layer] if isinstance(attention, tuple) else attention
-                errors = _relative_errors(*inputs, kernels[layer], key, spec=spec, grid=grid)
-                sums[i, layer] += float(errors.sum())
+                errors = _relative_errors(*inputs, kernels[layer], key, spec=spec, grid=grid, by_head=by_head)
+                sums[i, layer] += np.asarray(errors.sum(axis=0))
         count += len(images)
     return sums / count
 
@@ -101,15 +105,23 @@ def _capture(params, images, *, model: ModelConfig):
     return {block: {_ATTENTION: {name: sown[_ATTENTION][name] for name in wanted}} for block, sown in blocks.items()}
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "grid"))
-def _relative_errors(query, key, value, kernel, rng, *, spec: AttentionSpec, grid: tuple[int, int]):
-    """Of each image; `kernel` is that of the output projection, `H D C`."""
+@functools.partial(jax.jit, static_argnames=("spec", "grid", "by_head"))
+def _relative_errors(query, key, value, kernel, rng, *, spec: AttentionSpec, grid: tuple[int, int], by_head: bool):
+    """Of each image, and with `by_head` of each head; `kernel` is that of the output projection, `H D C`."""
 
-    def projected(spec):
-        out = lev_attention(query, key, value, spec, grid=grid, rng=rng)
+    def attended(spec):
+        return lev_attention(query, key, value, spec, grid=grid, rng=rng)
+
+    def projected(out):
         return jnp.einsum("bthd,hdc->btc", out, kernel.astype(out.dtype), preferred_element_type=jnp.float32)
 
-    exact = projected(AttentionSpec("dense"))
-    error = jnp.sum(jnp.square(projected(spec) - exact), axis=(1, 2))
-    norm = jnp.sum(jnp.square(exact), axis=(1, 2))
-    return error / jnp.where(norm > 0, norm, 1)
+    exact, found = attended(AttentionSpec("dense")), attended(spec)
+    norm = jnp.sum(jnp.square(projected(exact)), axis=(1, 2))
+    norm = jnp.where(norm > 0, norm, 1)
+    if not by_head:
+        return jnp.sum(jnp.square(projected(found) - projected(exact)), axis=(1, 2)) / norm
+    # |e W|^2 summed over tokens is the product of e^T e and W W^T: no output of C channels for each head.
+    difference = (found - exact).astype(jnp.float32)
+    second_moment = jnp.einsum("bthd,bthe->bhde", difference, difference, precision="highest")
+    weight = jnp.einsum("hdc,hec->hde", kernel, kernel, precision="highest").astype(jnp.float32)
+    return jnp.einsum("bhde,hde->bh", second_moment, weight) / norm[:, None]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from jaxtyping import PyTree
 
 from levattn.attention import AttentionSpec, get_method
+from levattn.attention.budgets import heads_by_budget
 from levattn.attention.select import num_kept
 from levattn.models import ModelConfig, attention_specs, scan_to_unrolled, unrolled_to_scan
 
@@ -63,12 +64,14 @@ def scanned(model: ModelConfig, params: PyTree) -> tuple[ModelConfig, PyTree]:
 
 
 def describe(attention: Attention) -> str:
-    """A short name, such as "dense", "leverage k=16", "leverage eps=0.1" or "leverage by layer"."""
+    """A short name: "dense", "leverage k=16", "leverage eps=0.1", "leverage k=16 by head", "leverage by layer"."""
     if isinstance(attention, tuple):
         return method_name(attention)
     if attention.method == "dense":
         return "dense"
     size = f"k={attention.k}" if attention.eps is None else f"eps={attention.eps}"
+    if attention.k_per_head is not None:
+        size = f"k={sum(attention.k_per_head) / len(attention.k_per_head):g} by head"
     return f"{attention.method} {size}"
 
 
@@ -80,14 +83,22 @@ def method_name(attention: Attention) -> str:
 
 
 def mean_kept(attention: Attention, num_tokens: int, head_dim: int) -> int:
-    """Keys that a query sees, local tokens apart, rounded to a whole number where they differ among the layers.
+    """Keys that a query sees, local tokens apart, rounded to a whole number where they differ among layers or heads.
 
     Raises:
       ValueError: A k that exceeds the number of tokens.
     """
     specs = attention if isinstance(attention, tuple) else (attention,)
-    kept = [num_tokens if spec.method == "dense" else num_kept(spec, num_tokens, head_dim) for spec in specs]
+    kept = [_mean_over_heads(spec, num_tokens, head_dim) for spec in specs]
     return round(sum(kept) / len(kept))
+
+
+def _mean_over_heads(spec: AttentionSpec, num_tokens: int, head_dim: int) -> int | float:
+    if spec.method == "dense":
+        return num_tokens
+    groups = heads_by_budget(spec, len(spec.k_per_head or (spec.k,)))
+    kept = [num_kept(of_group, num_tokens, head_dim) * len(heads) for of_group, heads in groups]
+    return sum(kept) / sum(len(heads) for _, heads in groups)
 
 
 def attention_of(model: ModelConfig) -> Attention:

@@ -1,4 +1,4 @@
-"""How many keys each layer of a trained model needs, from a few images without labels."""
+"""How many keys each layer, or each head, of a trained model needs, from a few images without labels."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from levattn.attention import AttentionSpec
 from levattn.models import ModelConfig, ViT, patch_grid
 from levattn.training.agreement import cosine_similarity, layer_errors
-from levattn.training.attentions import unrolled, with_attention
+from levattn.training.attentions import Attention, unrolled, with_attention
 from levattn.training.config import from_config_dict
 from levattn.training.features import embedding_of
 from levattn.training.workdir import provenance, write_json
@@ -27,7 +27,7 @@ _STRENGTHS = (1.0, 0.5, 0.0)
 
 @dataclasses.dataclass(frozen=True)
 class Budgets:
-    """A number of keys for each layer, and why.
+    """A number of keys for each layer, or for each of its heads, and why.
 
     Attributes:
       attention: The spec of each layer.
@@ -51,9 +51,10 @@ class Budgets:
     objective: float
 
     @property
-    def k(self) -> tuple[int, ...]:
-        """Keys of each layer."""
-        return tuple(spec.k for spec in self.attention)
+    def k(self) -> tuple[int | float, ...]:
+        """Keys of each layer, the mean where its heads differ."""
+        heads = [spec.k_per_head for spec in self.attention]
+        return tuple(spec.k if k is None else sum(k) / len(k) for spec, k in zip(self.attention, heads, strict=True))
 
 
 def calibrate(
@@ -63,6 +64,7 @@ def calibrate(
     spec: AttentionSpec,
     *,
     classifier: bool,
+    by_head: bool = False,
     target_error: float | None = None,
     candidates: Sequence[int] | None = None,
     seed: int = 0,
@@ -76,15 +78,19 @@ def calibrate(
     too, and the budgets of which the embedding comes nearest to that of the dense model are taken. An equal share for
     all layers is among the choices.
 
+    With `by_head` every head has a k of its own, and the errors that are summed are those of the heads by themselves.
+    Attention runs once for each distinct k of a layer, so that few candidates are better than many.
+
     Args:
       model: Of any attention; dense attention is what is compared with.
       params: Of the model.
       batches: Normalised images, of equal size but for the last.
       spec: The method, its options, and the mean number of keys.
       classifier: Whether the output of the model is logits.
+      by_head: Choose a k for each head of each layer; with a mean only.
       target_error: Relative error that each layer must reach. None: choose by the mean.
       candidates: Numbers of keys to choose from; `spec.k` is added to them, with a target also the number of tokens.
-        None: 4, 6, 8, 12, 16, 24, ... up to all tokens.
+        None: 4, 6, 8, 12, 16, 24, ... up to all tokens; of heads half, once and twice `spec.k`.
       seed: Of methods that draw at random.
 
     Returns:
@@ -92,56 +98,80 @@ def calibrate(
       model, compiled anew, for each layer and a few times more.
 
     Raises:
-      ValueError: A spec without k or with a threshold, dense attention, or k that exceeds the tokens.
+      ValueError: A spec without k or with a threshold, dense attention, k that exceeds the tokens, or both `by_head`
+        and a target.
     """
-    if spec.method == "dense" or spec.k is None or spec.eps is not None:
+    if spec.method == "dense" or spec.k is None or spec.eps is not None or spec.k_per_head is not None:
         raise ValueError(f"{spec=} must be of a method that keeps k keys: only k can be chosen for each layer")
+    if by_head and target_error is not None:
+        raise ValueError(f"{target_error=} must be None with by_head: it is the error of a whole layer")
     model, params = unrolled(model, jax.tree.map(jnp.asarray, params))
     depth = model.dims.depth
     num_tokens = int(np.prod(patch_grid(model, batches[0].shape[1:]))) + model.num_prefix_tokens
     if spec.k > num_tokens:
         raise ValueError(f"k={spec.k} must be in [1, {num_tokens}]: the sequence has {num_tokens} tokens")
     smallest = max(spec.keep_prefix, 1)
-    ks = sorted({spec.k, *(_default_candidates(num_tokens) if candidates is None else candidates)})
+    if candidates is None:
+        candidates = (spec.k // 2, 2 * spec.k) if by_head else _default_candidates(num_tokens)
+    ks = sorted({spec.k, *candidates})
     ks = [k for k in ks if smallest <= k <= num_tokens]
     if target_error is not None:
         ks = sorted({*ks, num_tokens})
 
-    def attention(k: Sequence[int]) -> tuple[AttentionSpec, ...]:
-        return tuple(dataclasses.replace(spec, k=int(n)) for n in k)
+    # Rows are the layers, or all heads of the first layer, then all of the second, and so on.
+    uniform_specs = [dataclasses.replace(spec, k=k) for k in ks]
+    squared = np.moveaxis(layer_errors(model, params, batches, uniform_specs, by_head=by_head, seed=seed), 0, -1)
+    squared = squared.reshape(-1, len(ks))
+    rows = np.arange(len(squared))
+    layers = rows // (len(rows) // depth)
 
-    squared = layer_errors(model, params, batches, [attention([k] * depth)[0] for k in ks], seed=seed).T
+    def attention(chosen: Sequence[int]) -> tuple[AttentionSpec, ...]:
+        return tuple(_with_budgets(spec, [ks[i] for i in row]) for row in np.reshape(chosen, (depth, -1)))
+
     embed = functools.partial(_embed, model, params, batches, classifier=classifier, seed=seed)
     dense = embed(AttentionSpec("dense"))
-    alone = [
-        embed(tuple(spec if i == layer else AttentionSpec("dense") for i in range(depth))) for layer in range(depth)
-    ]
-    influence = np.array([1 - cosine_similarity(found, dense).mean() for found in alone]).clip(0)
-    layers, equal = np.arange(depth), [ks.index(spec.k)] * depth
-    uniform = squared[layers, equal]
-    shares = squared / np.where(uniform > 0, uniform, 1)[:, None]
 
-    def budgets(chosen: Sequence[int], strength: float) -> Budgets:
-        costs = shares * (influence**strength)[:, None]
-        by_layer = attention([ks[i] for i in chosen])
-        return Budgets(
-            attention=by_layer,
-            error=tuple(np.sqrt(squared[layers, chosen]).tolist()),
-            uniform_error=tuple(np.sqrt(uniform).tolist()),
-            influence=tuple(influence.tolist()),
-            cosine=uniform_cosine if chosen == equal else float(cosine_similarity(embed(by_layer), dense).mean()),
-            uniform_cosine=uniform_cosine,
-            strength=strength,
-            objective=float(costs[layers, chosen].sum() / max(costs[layers, equal].sum(), np.finfo(float).tiny)),
-        )
+    def cosine(attention: Attention) -> float:
+        return float(cosine_similarity(embed(attention), dense).mean())
 
-    uniform_cosine = float(cosine_similarity(embed(spec), dense).mean())
+    alone = [tuple(spec if i == layer else AttentionSpec("dense") for i in range(depth)) for layer in range(depth)]
+    influence = np.array([1 - cosine(attention) for attention in alone]).clip(0)
+    uniform_cosine = cosine(spec)
+    equal = [ks.index(spec.k)] * len(rows)
+    uniform = np.bincount(layers, weights=squared[rows, equal])
+    shares = squared / np.where(uniform > 0, uniform, 1)[layers, None]
+
+    def costs(strength: float) -> Float[np.ndarray, "R N"]:
+        return shares * (influence**strength)[layers, None]
+
     if target_error is not None:
         # The last candidate is all tokens, which reach any target but for rounding.
         reached = np.append(np.sqrt(squared[:, :-1]) <= target_error, np.full((depth, 1), True), axis=1)
-        return budgets(reached.argmax(axis=1).tolist(), 1.0)
-    proposals = [budgets(allocate(shares * (influence**p)[:, None], ks, depth * spec.k), p) for p in _STRENGTHS]
-    return max([budgets(equal, 1.0), *proposals], key=lambda found: found.cosine)
+        chosen, strength = reached.argmax(axis=1).tolist(), 1.0
+        found = cosine(attention(chosen))
+    else:
+        proposals = [(allocate(costs(p), ks, len(rows) * spec.k), p) for p in _STRENGTHS]
+        proposals = [(uniform_cosine if c == equal else cosine(attention(c)), c, p) for c, p in proposals]
+        found, chosen, strength = max([(uniform_cosine, equal, 1.0), *proposals], key=lambda proposal: proposal[0])
+    error = np.sqrt(layer_errors(model, params, batches, [attention(chosen), spec], seed=seed))
+    of_choice, of_equal = (float(costs(strength)[rows, c].sum()) for c in (chosen, equal))
+    return Budgets(
+        attention=attention(chosen),
+        error=tuple(error[0].tolist()),
+        uniform_error=tuple(error[1].tolist()),
+        influence=tuple(influence.tolist()),
+        cosine=found,
+        uniform_cosine=uniform_cosine,
+        strength=strength,
+        objective=of_choice / max(of_equal, np.finfo(float).tiny),
+    )
+
+
+def _with_budgets(spec: AttentionSpec, ks: Sequence[int]) -> AttentionSpec:
+    """The spec with a k for each head, or one k where these are equal."""
+    if len(set(ks)) == 1:
+        return dataclasses.replace(spec, k=int(ks[0]))
+    return dataclasses.replace(spec, k=None, k_per_head=tuple(map(int, ks)))
 
 
 def allocate(costs: Float[np.ndarray, "L N"], sizes: Sequence[int], total: int) -> list[int]:
@@ -170,7 +200,7 @@ def allocate(costs: Float[np.ndarray, "L N"], sizes: Sequence[int], total: int) 
         choices.append(options.argmin(axis=0))
         best = options.min(axis=0)
     if not np.isfinite(best[total]):
-        raise ValueError(f"no choice of {list(sizes)} for {len(costs)} layers sums to {total=}")
+        raise ValueError(f"no choice of {list(sizes)} for {len(costs)} rows sums to {total=}")
     chosen = []
     for choice in reversed(choices):
         chosen.append(int(choice[total]))

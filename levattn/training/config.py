@@ -286,6 +286,7 @@ class EvalConfig:
       batch_size: Images at a time. None: as in training.
       probe: Judge frozen features, in place of the model's own classes.
       calibrate: Number of images on which to choose a k for each layer, in place of an evaluation.
+      calibrate_heads: Choose a k for each head of each layer.
       target_error: Relative error of each layer to reach by the smallest k, in place of a mean k.
       out: Folder for the results. None: that of the checkpoint.
     """
@@ -301,6 +302,7 @@ class EvalConfig:
     batch_size: int | None = None
     probe: ProbeConfig | None = None
     calibrate: int | None = None
+    calibrate_heads: bool = False
     target_error: float | None = None
     out: str | None = None
 
@@ -311,5 +313,7 @@ class EvalConfig:
         _require(self, "target_error", self.target_error is None or 0 < self.target_error < 1, "in (0, 1)")
         if self.target_error is not None and self.calibrate is None:
             raise ValueError(f"target_error={self.target_error} needs calibrate, the number of images to measure it on")
+        if self.calibrate_heads and (self.calibrate is None or self.target_error is not None):
+            raise ValueError("calibrate_heads needs calibrate, the number of images, and no target_error")
         if self.calibrate is not None and (len(self.attention) != 1 or len(self.k) > 1):
             raise ValueError("calibrate needs one attention and at most one k, the mean over the layers")
