@@ -124,10 +124,31 @@ def test_a_group_counts_less_its_members_in_the_window(method, window):
 
 def test_distances_of_grouping_points_are_mean_squared_differences_of_logits():
     query, key, value = _inputs()
-    _, points = grouping_points(query, key, value)
+    points = grouping_points(query, key, value).points[..., :WIDTH]  # few coordinates stay as they are
     logits = np.einsum("bthd,bshd->bhts", query, key) / WIDTH**0.5
     expected = np.mean((logits[..., 3] - logits[..., 17]) ** 2, axis=-1)
     np.testing.assert_allclose(np.sum((points[:, :, 3] - points[:, :, 17]) ** 2, -1), expected, rtol=1e-3)
+
+
+def test_grouping_points_keep_distances_of_wide_heads_whose_keys_and_values_have_few_directions():
+    rng = np.random.default_rng(0)
+    latent, width = rng.normal(size=(1, 50, 2, 12)), 48
+    query = jnp.float32(rng.normal(size=(1, 50, 2, width)))
+    key, value = (
+        jnp.float32(np.einsum("bshr,hrd->bshd", latent, rng.normal(size=(2, 12, width)))) + 3 for _ in range(2)
+    )
+    points = np.float64(grouping_points(query, key, value).points)
+    assert points.shape[-1] < 2 * width
+    logits = np.einsum("bthd,bshd->bhts", query, np.float64(key)) / width**0.5
+    of_logits = np.mean((logits[..., :, None] - logits[..., None, :]) ** 2, axis=2)
+    values = np.moveaxis(np.float64(value), 1, 2)
+    of_values = np.sum((values[..., :, None, :] - values[..., None, :, :]) ** 2, axis=-1)
+    # Values weigh a quarter, relative to the spread of each.
+    expected = of_logits + 0.25 * of_values * np.sum(of_logits, (2, 3), keepdims=True) / np.sum(
+        of_values, (2, 3), keepdims=True
+    )
+    found = np.sum((points[..., :, None, :] - points[..., None, :, :]) ** 2, axis=-1)
+    np.testing.assert_allclose(found, expected, rtol=5e-3, atol=1e-3 * expected.max())
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -15,6 +15,7 @@ from levattn.attention.spec import AttentionSpec
 Window = int | tuple[int, int] | Literal["cross"]
 
 _CROSS = (1, 3, 4, 5, 7)  # Of the nine places of a 3 x 3 window.
+_MAX_UNROLLED = 9
 
 
 def window_size(window: Window) -> int:
@@ -102,7 +103,7 @@ def attend_with_window(
         valid = jnp.broadcast_to(free, (*free.shape[:2], num_tokens))[:, :, places] & (places >= 0)
         return None, (logits * scale, jnp.broadcast_to(valid, logits.shape))
 
-    _, (local_logits, local_valid) = jax.lax.scan(one_offset, None, neighbours.T)
+    _, (local_logits, local_valid) = jax.lax.scan(one_offset, None, neighbours.T, unroll=_unroll(neighbours))
     # Slots first only afterwards: XLA:CPU multiplies bfloat16 in the other order alone.
     logits = jnp.einsum("bthd,bkhd->bhtk", query, coreset.keys, preferred_element_type=jnp.float32) * scale
     logits = jnp.moveaxis(logits, -1, 0)
@@ -125,7 +126,7 @@ def attend_with_window(
         places, weight = step
         return total + jnp.swapaxes(weight, 1, 2)[..., None] * value[:, places], None
 
-    total, _ = jax.lax.scan(add_offset, heavy, (neighbours.T, probs[num_heavy:]))
+    total, _ = jax.lax.scan(add_offset, heavy, (neighbours.T, probs[num_heavy:]), unroll=_unroll(neighbours))
     return total
 
 
@@ -140,4 +141,9 @@ def remaining_sizes(coreset: Coreset, neighbours: Int[np.ndarray, "T W"]) -> Flo
 
     sizes = slot_sizes(coreset)[:, :, None]
     sizes = jnp.broadcast_to(sizes, (*sizes.shape[:2], len(neighbours), len(slots)))
-    return jax.lax.scan(without, sizes, neighbours.T)[0]
+    return jax.lax.scan(without, sizes, neighbours.T, unroll=_unroll(neighbours))[0]
+
+
+def _unroll(neighbours: Int[np.ndarray, "T W"]) -> int:
+    """Small windows are walked in one go, which the compiler then fuses."""
+    return max(1, min(neighbours.shape[1], _MAX_UNROLLED))

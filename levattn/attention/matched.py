@@ -113,22 +113,19 @@ def _fit(
     remaining = slot_sizes(coreset)[:, :, None] if neighbours is None else remaining_sizes(coreset, neighbours)
     # What the members beyond the neighbourhood would weigh, each as much as its mean; `extra` comes on top.
     fixed_logits = _logits(query, coreset.keys) + jnp.log(remaining)
-    values = jnp.swapaxes(value, 1, 2).astype(jnp.float32)
-    outputs = jnp.einsum("bhms,bhsd->bhmd", probs, values)
+    outputs = linalg.product("bhms,bshd->bhmd", probs.astype(value.dtype), value)
     counts = jnp.sum(probs, axis=-1) > 0  # landmarks that exist
-    far, local_logits, local_output = probs, None, 0.0
+    received = jax.lax.stop_gradient(jnp.sum(probs, axis=2))
+    local_logits, local_output = None, 0.0
     if neighbours is not None:
-        is_near = np.zeros((len(neighbours), key.shape[1] + 1), bool)
-        is_near[np.arange(len(neighbours))[:, None], neighbours] = True  # -1: the column past the end
-        is_near = is_near[:, :-1]
-        far = jnp.where(is_near, 0, probs)
-        local_logits = jax.nn.logsumexp(jnp.where(is_near & (probs > 0), logits, -1e30), axis=-1)
-        near = jnp.where(is_near, probs, 0)
+        places = (np.arange(len(neighbours))[:, None], neighbours)
+        near = jnp.where(neighbours >= 0, probs[:, :, *places], 0)
+        local_logits = jax.nn.logsumexp(jnp.where(near > 0, logits[:, :, *places], -1e30), axis=-1)
+        received = jnp.maximum(received.at[:, :, neighbours].add(-jax.lax.stop_gradient(near)), 0)
         near = near / jnp.maximum(jnp.sum(near, axis=-1, keepdims=True), 1e-30)
-        local_output = jnp.einsum("bhms,bhsd->bhmd", near, values)
-    target_mass = jnp.sum(
-        jnp.einsum("bhms,bhsk->bhmk", far, membership(coreset.assignment, coreset.valid.shape[-1])), 2
-    )
+        local_output = jnp.einsum("bhmw,bmwhd->bhmd", near, value[:, neighbours].astype(jnp.float32))
+    members = membership(coreset.assignment, coreset.valid.shape[-1])
+    target_mass = jnp.einsum("bhs,bhsk->bhk", received, members)
 
     log_sizes = jnp.log(jnp.maximum(slot_sizes(coreset), 1))
     extra = jax.lax.stop_gradient(coreset.log_weights - log_sizes)
@@ -161,6 +158,4 @@ def _fit(
 
 
 def _logits(query, key) -> Float[Array, "B H M S"]:
-    # In float32 throughout: XLA:CPU has no such product of bfloat16.
-    logits = jnp.einsum("bmhd,bshd->bhms", query.astype(jnp.float32), key.astype(jnp.float32))
-    return logits * query.shape[-1] ** -0.5
+    return linalg.product("bmhd,bshd->bhms", query, key) * query.shape[-1] ** -0.5

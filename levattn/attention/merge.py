@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from levattn.attention.coreset import Coreset
+from levattn.core.linalg import product
 
 
 def merge(
@@ -12,7 +13,6 @@ def merge(
     value: Float[Array, "B S H D"],
     assignment: Int[Array, "B H S"],
     num_slots: int,
-    log_spread: Float[Array, "B H K"] | float = 0.0,
 ) -> Coreset:
     """Mean key, mean value and log count of the members of each slot. Gradients flow to keys and values.
 
@@ -21,7 +21,6 @@ def merge(
       value: Their values, finite.
       assignment: The slot of each key; -1 for a key that belongs to none.
       num_slots: K.
-      log_spread: Added to the log counts, see `half_variance`.
 
     Returns:
       The coreset, with `assignment`. A slot of one member has its index, one of several -1, an empty one is invalid.
@@ -29,12 +28,11 @@ def merge(
     """
     members = membership(assignment, num_slots)
     sizes = jnp.sum(members, axis=2)
-    share = members / jnp.maximum(sizes, 1)[:, :, None]
     only_member = jnp.argmax(members, axis=2)
     return Coreset(
-        keys=jnp.einsum("bhsk,bshd->bkhd", share, key).astype(key.dtype),
-        values=jnp.einsum("bhsk,bshd->bkhd", share, value).astype(value.dtype),
-        log_weights=jnp.log(jnp.maximum(sizes, 1)) + log_spread,
+        keys=member_means(members, key).astype(key.dtype),
+        values=member_means(members, value).astype(value.dtype),
+        log_weights=jnp.log(jnp.maximum(sizes, 1)),
         indices=jnp.where(sizes == 1, only_member, -1),
         valid=sizes > 0,
         assignment=assignment,
@@ -51,17 +49,25 @@ def slot_sizes(coreset: Coreset) -> Float[Array, "B H K"]:
     return jnp.sum(membership(coreset.assignment, coreset.valid.shape[-1]), axis=2)
 
 
-def half_variance(logit_points: Float[Array, "B H S P"], members: Float[Array, "B H S K"]) -> Float[Array, "B H K"]:
+def member_means(members: Float[Array, "B H S K"], x: Float[Array, "B S H D"]) -> Float[Array, "B K H D"]:
+    """The mean of the members of each slot, in float32; zeros for an empty slot."""
+    sums = product("bhsk,bshd->bkhd", members.astype(x.dtype), x)
+    sizes = jnp.swapaxes(jnp.sum(members, axis=2), 1, 2)[..., None]
+    return sums / jnp.maximum(sizes, 1)
+
+
+def half_variance(
+    squared_norms: Float[Array, "B H S"], mean_norms: Float[Array, "B H K"], members: Float[Array, "B H S K"]
+) -> Float[Array, "B H K"]:
     """Half the variance of the members' logits, averaged over the queries: what log count leaves out.
 
     The members of a slot weigh sum_j exp(<q, k_j>), which is at least their number times exp(<q, mean key>); to second
     order in the spread of their logits the ratio is exp(variance / 2).
 
     Args:
-      logit_points: Keys in coordinates in which the squared distance is the mean squared difference of logits.
+      squared_norms: Of the keys, in coordinates in which the squared distance is the mean squared difference of logits.
+      mean_norms: Of the mean key of each slot, in these coordinates.
       members: From `membership`.
     """
-    share = members / jnp.maximum(jnp.sum(members, axis=2, keepdims=True), 1)
-    mean_square = jnp.einsum("bhsk,bhs->bhk", share, jnp.sum(jnp.square(logit_points), axis=-1))
-    means = jnp.einsum("bhsk,bhsp->bhkp", share, logit_points)
-    return 0.5 * jnp.maximum(mean_square - jnp.sum(jnp.square(means), axis=-1), 0)
+    mean_square = jnp.einsum("bhsk,bhs->bhk", members, squared_norms) / jnp.maximum(jnp.sum(members, axis=2), 1)
+    return 0.5 * jnp.maximum(mean_square - mean_norms, 0)

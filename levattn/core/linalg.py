@@ -17,6 +17,16 @@ from jaxtyping import Array, Float
 _SHARES_OUT = tuple(int(part) for part in jaxlib.__version__.split(".")[:2]) < (0, 11)
 
 
+def product(subscripts: str, left: Array, right: Array) -> Float[Array, "..."]:
+    """`jnp.einsum` of two arrays of any float dtype with a float32 result.
+
+    Accelerators multiply half precision as it is; XLA:CPU has such a product in some orders of axes only.
+    """
+    if jax.default_backend() == "cpu":
+        left, right = left.astype(jnp.float32), right.astype(jnp.float32)
+    return jnp.einsum(subscripts, left, right, preferred_element_type=jnp.float32)
+
+
 def cholesky(matrices: Float[Array, "*batch D D"]) -> Float[Array, "*batch D D"]:
     """Lower Cholesky factors; NaN where a matrix is not positive definite. Cost: D^3 / 3 operations each."""
     return _each(jnp.linalg.cholesky, matrices)
