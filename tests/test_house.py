@@ -15,6 +15,7 @@ ALLOWED = {
     "core": set(),
     "universal": {"core"},
     "attention": {"core", "universal"},
+    "bench": {"core", "universal", "attention"},
     "models": {"core", "universal", "attention"},
     "data": set(),
     "training": {"core", "universal", "attention", "models", "data"},
