@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     digits = arg.source == "digits"
     config = common.new_config(arg)
     config.batch_size = 64 if digits else 256
-    config.total_epochs = 45.0 if digits else 3.0
+    config.total_epochs = 65.0 if digits else 3.0
     config.log_every_steps = 100
     config.checkpoint.every_steps = 200
     config.data.source = arg.source

@@ -1,5 +1,6 @@
 """A k for each head: what a head gets is what it would get alone, whatever the others have, and at its own cost."""
 
+import dataclasses
 import functools
 
 import jax
@@ -22,7 +23,6 @@ BATCH, GRID, HEADS, WIDTH = 2, (4, 5), 4, 8
 TOKENS = GRID[0] * GRID[1] + 1
 BUDGETS = (14, 9, 14, 14)
 
-apply = jax.jit(lev_attention, static_argnames=("spec", "grid"))
 choose = jax.jit(choose_coreset, static_argnames=("spec", "grid"))
 
 
@@ -31,44 +31,47 @@ def _inputs(seed=0):
     return tuple(jnp.asarray(rng.normal(size=(BATCH, TOKENS, HEADS, WIDTH)), jnp.float32) for _ in range(3))
 
 
-def _alone(inputs, spec, head, **kwargs):
-    """What a head of one k gets when all heads have it: one shape for the compiler."""
-    return apply(*inputs, spec, **kwargs)[:, :, head]
+def _mixed_and_alone(run, spec):
+    """What `run` gives when heads have BUDGETS, and what each head gives when all have its k, heads last but one."""
+    of_all = {k: run(dataclasses.replace(spec, k=k)) for k in set(BUDGETS)}
+    alone = [jax.tree.map(lambda x, head=head: x[:, :, head], of_all[k]) for head, k in enumerate(BUDGETS)]
+    return run(dataclasses.replace(spec, k_per_head=BUDGETS)), jax.tree.map(lambda *x: jnp.stack(x, 2), *alone)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "grid"))
+def _outputs(inputs, spec, mask=None, grid=None):
+    """In one program, which compiles what all have in common once."""
+    return _mixed_and_alone(lambda spec: lev_attention(*inputs, spec, mask=mask, grid=grid), spec)
 
 
 @pytest.mark.parametrize("method", ["leverage", "kmeans", "oracle", "leverage_merged", "matched"])
 def test_every_head_gets_what_it_would_get_if_all_had_its_k(method):
     inputs = _inputs()
     mask = jnp.arange(TOKENS) < jnp.array([TOKENS, TOKENS - 5])[:, None]
-    options = {"keep_prefix": 1, "seed": 3}
-    out = apply(*inputs, AttentionSpec(method, k_per_head=BUDGETS, **options), mask=mask)
-    for head, k in enumerate(BUDGETS):
-        expected = _alone(inputs, AttentionSpec(method, k=k, **options), head, mask=mask)
-        np.testing.assert_allclose(out[:, :, head], expected, atol=2e-5)
+    mixed, alone = _outputs(inputs, AttentionSpec(method, keep_prefix=1, seed=3), mask)
+    np.testing.assert_allclose(mixed, alone, atol=2e-5)
 
 
 @pytest.mark.parametrize("method, window", [("leverage", 3), ("matched", "cross")])
 def test_windows_and_thresholds_hold_for_each_budget(method, window):
     inputs = _inputs(1)
-    options = {"keep_prefix": 1, "local_window": window} | ({"eps": 0.45} if method == "leverage" else {})
-    out = apply(*inputs, AttentionSpec(method, k_per_head=BUDGETS, **options), grid=GRID)
-    for head, k in enumerate(BUDGETS):
-        expected = _alone(inputs, AttentionSpec(method, k=k, **options), head, grid=GRID)
-        np.testing.assert_allclose(out[:, :, head], expected, atol=2e-5)
+    eps = 0.45 if method == "leverage" else None
+    spec = AttentionSpec(method, keep_prefix=1, local_window=window, eps=eps)
+    mixed, alone = _outputs(inputs, spec, grid=GRID)
+    np.testing.assert_allclose(mixed, alone, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", ["leverage", "groups"])
 def test_gradients_are_those_of_the_heads_by_themselves(method):
-    inputs = _inputs(2)
+    @jax.jit
+    def gradients(inputs):
+        def of(spec):
+            return jax.grad(lambda inputs: jnp.sum(jnp.sin(lev_attention(*inputs, spec))))(inputs)
 
-    @functools.partial(jax.jit, static_argnames="spec")
-    def gradients(inputs, spec):
-        return jax.grad(lambda inputs: jnp.sum(jnp.sin(lev_attention(*inputs, spec))))(inputs)
+        return _mixed_and_alone(of, AttentionSpec(method))
 
-    mixed = gradients(inputs, AttentionSpec(method, k_per_head=BUDGETS))
-    for head, k in enumerate(BUDGETS):
-        for found, expected in zip(mixed, gradients(inputs, AttentionSpec(method, k=k)), strict=True):
-            np.testing.assert_allclose(found[:, :, head], expected[:, :, head], atol=2e-5)
+    for mixed, alone in zip(*gradients(_inputs(2)), strict=True):
+        np.testing.assert_allclose(mixed, alone, atol=2e-5)
 
 
 def test_equal_budgets_are_one_group_and_draw_for_each_head():
@@ -90,8 +93,14 @@ def test_heads_of_different_budgets_draw_anew():
 def test_the_joined_coreset_gives_the_same_output_and_marks_its_padding(method):
     inputs = _inputs()
     spec = AttentionSpec(method, k_per_head=BUDGETS, keep_prefix=1)
-    coreset = choose(*inputs, spec)
-    np.testing.assert_allclose(jax.jit(attend)(inputs[0], coreset), apply(*inputs, spec), atol=2e-5)
+
+    @jax.jit
+    def both_ways(query, key, value):
+        coreset = choose_coreset(query, key, value, spec)
+        return coreset, attend(query, coreset), lev_attention(query, key, value, spec)
+
+    coreset, attended, expected = both_ways(*inputs)
+    np.testing.assert_allclose(attended, expected, atol=2e-5)
     for head, k in enumerate(BUDGETS):
         assert np.all(coreset.indices[:, head, k:] == -1)
         assert not np.any(coreset.valid[:, head, k:])

@@ -37,8 +37,14 @@ _attend = jax.jit(functools.partial(attend_causal, chunk=CHUNK), static_argnames
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _seen(key, spec, mask=None):
-    return seen_keys(select_causal(key, spec, mask=mask, chunk=CHUNK), spec, key.shape[1], mask)
+def _output_and_seen(query, key, value, spec):
+    """In one program, which compiles the choice of keys once."""
+    return attend_causal(query, key, value, spec, chunk=CHUNK), _seen(key, spec)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _seen(key, spec):
+    return seen_keys(select_causal(key, spec, chunk=CHUNK), spec, key.shape[1])
 
 
 def _rule(keys: np.ndarray, spec: AttentionSpec) -> np.ndarray:
@@ -68,8 +74,8 @@ def _rule(keys: np.ndarray, spec: AttentionSpec) -> np.ndarray:
 
 
 def test_a_row_sees_what_the_rule_says(spec):
-    _, key, _ = _inputs()
-    seen = np.asarray(_seen(key, spec))
+    query, key, value = _inputs()
+    seen = np.asarray(_output_and_seen(query, key, value, spec)[1])
     for b in range(BATCH):
         for h in range(HEADS):
             np.testing.assert_array_equal(seen[b, h], _rule(np.asarray(key[b, :, h], np.float64), spec))
@@ -77,7 +83,7 @@ def test_a_row_sees_what_the_rule_says(spec):
 
 def test_output_is_softmax_attention_over_the_seen_keys(spec):
     query, key, value = _inputs()
-    out, seen = _attend(query, key, value, spec), np.asarray(_seen(key, spec))
+    out, seen = (np.asarray(x) for x in _output_and_seen(query, key, value, spec))
     for b in range(BATCH):
         for h in range(HEADS):
             kept = [np.flatnonzero(row) for row in seen[b, h]]
@@ -88,8 +94,8 @@ def test_output_is_softmax_attention_over_the_seen_keys(spec):
 @pytest.mark.parametrize("later", ["noise", "zeros", "huge", "copies of the past"])
 def test_changing_later_tokens_changes_no_earlier_row(spec, later):
     inputs = _inputs(1, batch=1)
-    expected = _attend(*(jnp.tile(x, (TOKENS, 1, 1, 1)) for x in inputs), spec)
-    # Element b of the batch keeps tokens up to b, and has others after it.
+    expected = np.asarray(_output_and_seen(*(jnp.tile(x, (BATCH, 1, 1, 1)) for x in inputs), spec)[0])[0]
+    # Case b keeps tokens up to b, and has others after it.
     keeps = np.arange(TOKENS) <= np.arange(TOKENS)[:, None]
     rng = np.random.default_rng(2)
     others = {
@@ -98,9 +104,11 @@ def test_changing_later_tokens_changes_no_earlier_row(spec, later):
         "huge": 1e4 * rng.normal(size=(3, TOKENS, TOKENS, HEADS, WIDTH)),
         "copies of the past": np.stack([np.asarray(x)[:, rng.integers(0, 9, TOKENS)] for x in inputs]),
     }[later].astype(np.float32)
-    changed = [jnp.where(keeps[..., None, None], x, other) for x, other in zip(inputs, others, strict=True)]
-    out = _attend(*changed, spec)
-    np.testing.assert_allclose(out[keeps], expected[keeps], atol=2e-6)
+    changed = [np.where(keeps[..., None, None], x, other) for x, other in zip(inputs, others, strict=True)]
+    for first in (*range(0, TOKENS - BATCH, BATCH), TOKENS - BATCH):  # batches of the one shape that is compiled
+        out, _ = _output_and_seen(*(x[first : first + BATCH] for x in changed), spec)
+        for case, kept in zip(np.asarray(out), keeps[first : first + BATCH], strict=True):
+            np.testing.assert_allclose(case[kept], expected[kept], atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["with a window", "threshold"])
@@ -124,14 +132,18 @@ def test_gradients_agree_with_finite_differences(name):
     inputs = _inputs()
 
     @jax.jit
-    def loss(*inputs):
-        return jnp.sum(jnp.sin(attend_causal(*inputs, spec, chunk=CHUNK)))
+    def loss_and_gradients(*inputs):
+        return jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(attend_causal(*x, spec, chunk=CHUNK))), (0, 1, 2))(*inputs)
 
-    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*inputs)
+    def loss(*inputs):
+        return loss_and_gradients(*inputs)[0]
+
+    gradients = loss_and_gradients(*inputs)[1]
     for at, gradient in enumerate(gradients):
         step = jax.random.normal(jax.random.key(at), gradient.shape)
         moved = [[x + sign * 1e-3 * step if i == at else x for i, x in enumerate(inputs)] for sign in (1, -1)]
-        if not np.array_equal(_seen(moved[0][1], spec), _seen(moved[1][1], spec)):
+        seen = [_output_and_seen(*x, spec)[1] for x in moved]
+        if not np.array_equal(*seen):
             continue  # the choice itself moved: between two choices there is no derivative
         np.testing.assert_allclose(
             jnp.sum(gradient * step), (loss(*moved[0]) - loss(*moved[1])) / 2e-3, rtol=2e-2, atol=3e-2
@@ -222,8 +234,8 @@ def test_bfloat16_stays_close_to_float32():
 def test_the_layer_is_causal_in_flax_attention():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 20, 8)), jnp.float32)
     full = nn.MultiHeadDotProductAttention(num_heads=2)
-    variables = full.init(jax.random.key(0), x)
-    expected = full.apply(variables, x, mask=nn.make_causal_mask(x[..., 0]))
+    variables = jax.jit(full.init)(jax.random.key(0), x)
+    expected = jax.jit(full.apply)(variables, x, mask=nn.make_causal_mask(x[..., 0]))
     for spec in (AttentionSpec("dense", causal=True), AttentionSpec("leverage", k=20, causal=True)):
         layer = nn.MultiHeadDotProductAttention(num_heads=2, attention_fn=LevAttention(spec))
         np.testing.assert_allclose(jax.jit(layer.apply)(variables, x), expected, atol=1e-5)

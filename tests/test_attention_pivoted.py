@@ -105,6 +105,15 @@ def test_the_error_falls_with_k_and_is_below_that_of_keys_without_weights():
     assert errors[1] < 0.6 * _error(apply(query, key, value, AttentionSpec("random", k=16)), query, key, value)
 
 
+@jax.jit
+def _gradients_and_output(query, key, value):
+    def loss(query, key, value):
+        out = lev_attention(query, key, value, AttentionSpec("pivoted", k=4))
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
+
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
+
+
 @pytest.mark.parametrize("kind", ["huge", "zeros", "equal", "short", "bfloat16"])
 def test_awkward_keys_give_outputs_within_the_range_of_the_values_and_finite_gradients(kind):
     query, key, value = _inputs(tokens=4 if kind == "short" else TOKENS)
@@ -116,13 +125,7 @@ def test_awkward_keys_give_outputs_within_the_range_of_the_values_and_finite_gra
         key = key[:, :1] + 1e-6 * key
     elif kind == "bfloat16":
         query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))
-    spec = AttentionSpec("pivoted", k=4)
-
-    def loss(query, key, value):
-        out = lev_attention(query, key, value, spec)
-        return jnp.sum(jnp.sin(out.astype(jnp.float32))), out
-
-    grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+    grads, out = _gradients_and_output(query, key, value)
     assert all(np.all(np.isfinite(x)) for x in grads)
     slack = 0.05 if kind == "bfloat16" else 1e-4
     assert np.all(out <= value.max(axis=1, keepdims=True) + slack)

@@ -115,8 +115,8 @@ def universal_spec(spec: AttentionSpec, num_keys: int) -> AttentionSpec:
     """`spec` for choosing keys: eps becomes the leverage score below which no entry of the matrix A reaches it.
 
     With leverage scores t and u_l = <q, k_l>, u_j^2 <= t_j |u|^2. For p <= 2, |u|_2 <= |u|_p, so A_ij <= t_j^(p/2); for
-    p >= 2, |u|_2 <= S^(1/2 - 1/p) |u|_p, so A_ij <= S^(p/2 - 1) t_j^(p/2). The promise is as good as the scores are:
-    `score_method="auto"` for ill-conditioned keys. Other methods than "leverage" promise nothing and stay as they are.
+    p >= 2, |u|_2 <= S^(1/2 - 1/p) |u|_p, so A_ij <= S^(p/2 - 1) t_j^(p/2). The promise is as good as the scores are, so
+    that score_method "gram" becomes "auto". Other methods than "leverage" promise nothing and stay as they are.
 
     Args:
       spec: With a power.
@@ -125,7 +125,8 @@ def universal_spec(spec: AttentionSpec, num_keys: int) -> AttentionSpec:
     if spec.eps is None or spec.method != "leverage":
         return spec
     threshold = (spec.eps / num_keys ** max(0.0, spec.power / 2 - 1)) ** (2 / spec.power)
-    return dataclasses.replace(spec, eps=(1 - _SLACK) * threshold)
+    score_method = "auto" if spec.score_method == "gram" else spec.score_method
+    return dataclasses.replace(spec, eps=(1 - _SLACK) * threshold, score_method=score_method)
 
 
 def _log_powers(query, key, power) -> tuple[Float[Array, "B H T S"], Bool[Array, "B H T S"]]:

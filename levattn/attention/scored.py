@@ -50,10 +50,12 @@ def oracle(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Corese
     """The keys that receive the most dense softmax attention, summed over the queries.
 
     It computes the dense attention it would replace (2 B H T S D operations): a ceiling for scores that see one key
-    at a time, not a method to deploy.
+    at a time, not a method to deploy. Where there is one query per key, a mask leaves out the queries of padding, too.
     """
     del rng
-    received = jnp.sum(dense_probabilities(jax.lax.stop_gradient(query), jax.lax.stop_gradient(key), mask), axis=2)
+    probs = dense_probabilities(jax.lax.stop_gradient(query), jax.lax.stop_gradient(key), mask)
+    is_query = None if mask is None or query.shape[1] != key.shape[1] else mask[:, None, :, None]
+    received = jnp.sum(probs, axis=2, where=is_query)
     return select_by_score(key, value, _normalise(received, key, mask), spec, mask)
 
 

@@ -32,12 +32,12 @@ def leverage_scores(
     Methods:
       gram: Gram matrix, Cholesky factor, one triangular inverse: matmuls and D x D work only, S D^2 operations. It
         squares the condition number: a direction whose singular value is under about 8e-3 of the root mean square,
-        columns scaled to equal norms, is damped. Exact rank deficiency, zero keys and S < D are fine. What the
-        attention layer uses unless told otherwise.
+        columns scaled to equal norms, is damped; scores of well-conditioned keys are low by about 1e-4. Exact rank
+        deficiency, zero keys and S < D are fine. What the attention layer uses unless told otherwise.
       svd: the definition, with singular values under max(S, D) * eps of the largest cut, columns scaled to equal
         norms. Right at any conditioning that float32 can express; one to three orders slower on accelerators.
-      auto: gram where S >= D and the smallest Cholesky pivot of every head says that it is safe, else svd. One
-        bad head sends the whole batch to svd; under `vmap` both are computed.
+      auto: gram where S >= D and the smallest Cholesky pivot of every head says that it is safe (no score is then off
+        by more than about 1e-3), else svd. One bad head sends the whole batch to svd; under `vmap` both are computed.
 
     Args:
       keys: Keys, as one matrix or as batch, tokens, heads, width. Any float dtype; accumulation is in float32, so that

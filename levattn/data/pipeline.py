@@ -51,7 +51,8 @@ def train_batches(
 
     Position p of the stream holds an example that depends on (seed, p), augmented by random numbers that depend on
     (seed, p); every epoch is a new permutation. Step s covers positions s * global_batch_size onwards, and shard i
-    of n takes every n-th of them from the i-th, so that a run resumes from its step alone, on any number of shards.
+    of n takes the i-th block of them: a run resumes from its step alone, on any number of shards, and its batches put
+    together are in the same order on any.
 
     Args:
       source: the images.
@@ -81,7 +82,10 @@ def train_batches(
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     stream = grain.MapDataset.range(len(source)).shuffle(seed=shuffle_seed).repeat().map_with_index(_with_position)
     # The endless stream is as long as an int can say, one more than grain can iterate over in batches of one.
-    mine = stream[start_step * global_batch_size + shard_index : _MAX_LENGTH : num_shards]
+    mine = stream[start_step * global_batch_size : _MAX_LENGTH]
+    if num_shards > 1:
+        block = _Block(mine, shard_index, num_shards, global_batch_size // num_shards)
+        mine = grain.MapDataset.range(len(mine) // num_shards).map(block)
     steps = mine.batch(global_batch_size // num_shards, batch_fn=np.array)
     return _iterate(steps.map(_TrainLoader(source, config, output_shape(source, config), seed)), source, config)
 
@@ -185,6 +189,20 @@ def _position_draws(seed: int, positions: Int64[np.ndarray, " b"]) -> Float64[np
     first, last = int(positions[0]), int(positions[-1])
     philox = np.random.Philox(key=seed, counter=first)
     return np.random.Generator(philox).random((last - first + 1, 4))[positions - first]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The places of a stream that one shard has: of every `num_shards * size` in a row, its `size`."""
+
+    stream: grain.MapDataset
+    shard_index: int
+    num_shards: int
+    size: int
+
+    def __call__(self, place: int) -> tuple[int, int]:
+        step, row = divmod(place, self.size)
+        return self.stream[(step * self.num_shards + self.shard_index) * self.size + row]
 
 
 def _with_position(position: int, index: int) -> tuple[int, int]:
