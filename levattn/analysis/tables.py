@@ -86,7 +86,7 @@ def print_table(rows: Sequence[Row], file: io.TextIOBase | None = None) -> None:
     Raises:
       ValueError: See `levattn.analysis.rows.tidy_rows`.
     """
-    console = _console(file)
+    console = new_console(file)
     for group in settings(rows).values():
         _print_group(console, group)
 
@@ -104,10 +104,11 @@ def print_by_layer(title: str, columns: Mapping[str, Sequence[float | int]], fil
         table.add_column(heading, justify="right", overflow="fold")
     for layer, values in enumerate(zip(*columns.values(), strict=True)):
         table.add_row(str(layer), *(str(x) if isinstance(x, int) else f"{x:.3f}" for x in values))
-    _console(file).print(table)
+    new_console(file).print(table)
 
 
-def _console(file: io.TextIOBase | None) -> rich.console.Console:
+def new_console(file: io.TextIOBase | None = None) -> rich.console.Console:
+    """A console that prints numbers plainly."""
     # Where nothing says how wide a line may be, no cell is cut.
     console = rich.console.Console(file=file, highlight=False)
     return console if console.is_terminal else rich.console.Console(file=file, highlight=False, width=200)

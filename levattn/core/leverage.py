@@ -92,7 +92,7 @@ def centre_keys(keys: Float[Array, "B S H D"], mask: Bool[Array, "B S"] | None =
 
 
 def gram_matrix(keys: Float[Array, "B S H D"], chunk: int = 256) -> Float[Array, "B H D D"]:
-    """K^T K of every head, in float32, summed pairwise over chunks of tokens.
+    """K^T K of every head, in float32 (float64 of such keys), summed pairwise over chunks of tokens.
 
     One long sum of near-equal keys (blank patches, say) drifts, all its entries differently, by more than a Cholesky
     factorisation of the near-singular result can take; short sums added in pairs do not.
@@ -102,7 +102,8 @@ def gram_matrix(keys: Float[Array, "B S H D"], chunk: int = 256) -> Float[Array,
     if num_chunks > 1:
         keys = jnp.pad(keys, ((0, 0), (0, num_chunks * chunk - num_keys), (0, 0), (0, 0)))
     keys = keys.reshape(batch, num_chunks, -1, heads, head_dim)
-    grams = jnp.einsum("bcshd,bcshe->bchde", keys, keys, precision="highest", preferred_element_type=jnp.float32)
+    dtype = jnp.promote_types(keys.dtype, jnp.float32)
+    grams = jnp.einsum("bcshd,bcshe->bchde", keys, keys, precision="highest", preferred_element_type=dtype)
     while grams.shape[1] > 1:
         half = grams.shape[1] // 2
         pairs = grams[:, :half] + grams[:, half : 2 * half]

@@ -26,10 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from levattn.core.leverage import gram_matrix
 from levattn.universal import counts
 
-# Rows whose products are summed in one go; the sums are then added in pairs.
-_BLOCK = 256
 # A chunk that adds more than this to a whitened Gram matrix, which is at least the identity, calls for a refresh: its
 # rounding would be seen beside what was there before.
 _LARGEST_GROWTH = 16.0
@@ -260,14 +259,7 @@ def _scores(gram, rows, keys):
 
 def _block_gram(rows):
     """rows^T rows, summed pairwise over blocks."""
-    num_blocks = -(-len(rows) // _BLOCK)
-    rows = jnp.pad(rows, ((0, num_blocks * _BLOCK - len(rows)), (0, 0)))
-    blocks = rows.reshape(num_blocks, _BLOCK, -1)
-    grams = jnp.einsum("csd,cse->cde", blocks, blocks, precision="highest")
-    while len(grams) > 1:
-        half = len(grams) // 2
-        grams = jnp.concatenate([grams[:half] + grams[half : 2 * half], grams[2 * half :]])
-    return grams[0]
+    return gram_matrix(rows[None, :, None])[0, 0]
 
 
 def _refresh(stacked, gram):

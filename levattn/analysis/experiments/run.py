@@ -4,11 +4,9 @@ import csv
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import rich.box
-import rich.console
 import rich.table
 
 from levattn.analysis.experiments.form import Row
@@ -20,7 +18,8 @@ from levattn.analysis.experiments.set_size import draw_set_size, run_set_size
 from levattn.analysis.experiments.text import draw_text, run_text
 from levattn.analysis.experiments.traffic import draw_traffic, run_traffic
 from levattn.analysis.style import new_figure
-from levattn.training.workdir import atomic_path, provenance, write_json
+from levattn.analysis.tables import new_console
+from levattn.training.workdir import atomic_path, prepare_workdir, provenance, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +62,7 @@ def run_experiment(name: str, folder: str | os.PathLike, **options: Any) -> list
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"experiment {name!r} must be one of {', '.join(EXPERIMENTS)}")
-    experiment, folder = EXPERIMENTS[name], Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    experiment, folder = EXPERIMENTS[name], prepare_workdir(folder, flag="out")
     rows = experiment.run_fn(**options)
     print_rows(experiment.title, rows)
     with atomic_path(folder / f"{name}.csv") as path, path.open("w", newline="") as file:
@@ -88,5 +86,4 @@ def print_rows(title: str, rows: Sequence[Row]) -> None:
         table.add_column(column.replace("_", " "), justify="left" if isinstance(value, str) else "right")
     for row in rows:
         table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
-    console = rich.console.Console(highlight=False)
-    (console if console.is_terminal else rich.console.Console(highlight=False, width=160)).print(table)
+    new_console().print(table)
