@@ -3,8 +3,10 @@
     python train.py --config configs/fashion_mnist.py:attention=leverage,k=32 --workdir runs/fmnist_leverage
     python train.py --config configs/fashion_mnist.py:attention=leverage,k=32,patch=1 --workdir runs/fmnist_785
 
-Hardware: one H100.  197 tokens: wall time 2 minutes dense, 2.5 minutes leverage k=32, a minute of it compilation; test
-accuracy 91.2 % and 89.2 % (one seed, `results/fashion_mnist/`).  785 tokens: unmeasured.
+Hardware: one H100.  197 tokens, 45 epochs: dense 93.2 % (one seed, `results/fashion_mnist/dense_45_epochs`) in 11 minutes
+with scanned layers, 4,000 images/s; unrolled, the default, runs at 5,900.  A first look, `epochs=8` with
+`--config.batch_size=512`: two to three minutes, dense 91.2 %, leverage k=32 89.2 % (`results/fashion_mnist/`).  785 tokens:
+unmeasured.
 """
 
 from ml_collections import ConfigDict
@@ -13,9 +15,9 @@ from configs import common
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    arg = common.parse_arg(arg, patch=2, variant="S", epochs=8, dtype="bfloat16", **common.ATTENTION)
+    arg = common.parse_arg(arg, patch=2, variant="S", epochs=45, dtype="bfloat16", **common.ATTENTION)
     config = common.new_config(arg)
-    config.batch_size = 512
+    config.batch_size = 256
     config.total_epochs = float(arg.epochs)
     config.log_every_steps = 50
     config.eval_every_steps = 1000
@@ -37,7 +39,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
     config.optimizer.name = "muon"
     config.optimizer.b1 = 0.95
-    config.optimizer.learning_rate = 5e-3
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.weight_decay = 0.05
     config.optimizer.warmup_fraction = 0.1
     config.loss.label_smoothing = 0.1

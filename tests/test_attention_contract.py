@@ -165,6 +165,19 @@ def test_gradients_reach_queries_keys_and_values_of_kept_keys_only(method):
         np.testing.assert_allclose(jnp.sum(gradient * step), numeric, rtol=2e-2, atol=2e-2)
 
 
+def test_gradients_stay_finite_where_attention_is_all_but_one_key(method):
+    query, key, value = _inputs()
+    spec = AttentionSpec(method, k=KEPT, keep_prefix=1)
+
+    @jax.jit
+    def gradients(query, key, value):
+        attend = functools.partial(attention.lev_attention, spec=spec, grid=(4, 5))
+        return jax.grad(lambda *inputs: jnp.sum(attend(*inputs) ** 2), argnums=(0, 1, 2))(query, key, value)
+
+    for scale in (10.0, 40.0):
+        assert all(bool(jnp.isfinite(x).all()) for x in gradients(scale * query, scale * key, value))
+
+
 def test_the_same_under_jit_vmap_remat_and_scan(method):
     query, key, value = _inputs()
     apply = functools.partial(attention.lev_attention, spec=AttentionSpec(method, k=KEPT))

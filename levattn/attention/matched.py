@@ -120,9 +120,11 @@ def _fit(
     if neighbours is not None:
         places = (np.arange(len(neighbours))[:, None], neighbours)
         near = jnp.where(neighbours >= 0, probs[:, :, *places], 0)
-        local_logits = jax.nn.logsumexp(jnp.where(near > 0, logits[:, :, *places], -1e30), axis=-1)
+        near_logits = jnp.where(near > 0, logits[:, :, *places], -1e30)
+        local_logits = jax.nn.logsumexp(near_logits, axis=-1)
         received = jnp.maximum(received.at[:, :, neighbours].add(-jax.lax.stop_gradient(near)), 0)
-        near = near / jnp.maximum(jnp.sum(near, axis=-1, keepdims=True), 1e-30)
+        # Not probs by their sum, whose square, in the derivative, underflows where attention is far away.
+        near = jnp.where(near > 0, jnp.exp(near_logits - local_logits[..., None]), 0)
         local_output = jnp.einsum("bhmw,bmwhd->bhmd", near, value[:, neighbours].astype(jnp.float32))
     members = membership(coreset.assignment, coreset.valid.shape[-1])
     target_mass = jnp.einsum("bhs,bhsk->bhk", received, members)
