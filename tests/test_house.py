@@ -14,12 +14,13 @@ ROOT = pathlib.Path(levattn.__file__).parent
 ALLOWED = {
     "core": set(),
     "universal": {"core"},
-    "attention": {"core", "universal"},
-    "bench": {"core", "universal", "attention"},
-    "models": {"core", "universal", "attention"},
+    "kernels": {"core"},
+    "attention": {"core", "universal", "kernels"},
+    "bench": {"core", "universal", "kernels", "attention"},
+    "models": {"core", "universal", "kernels", "attention"},
     "data": set(),
-    "training": {"core", "universal", "attention", "models", "data"},
-    "analysis": {"core", "universal", "attention", "models", "data", "training"},
+    "training": {"core", "universal", "kernels", "attention", "models", "data"},
+    "analysis": {"core", "universal", "kernels", "attention", "models", "data", "training"},
 }
 
 

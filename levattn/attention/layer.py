@@ -12,6 +12,7 @@ from levattn.attention.budgets import in_head_order, join_coresets, run_by_budge
 from levattn.attention.causal import attend_causal
 from levattn.attention.coreset import Coreset, attend
 from levattn.attention.dense import attend_dense
+from levattn.attention.fused import attend_fused, takes
 from levattn.attention.local import attend_with_window
 from levattn.attention.matched import settle
 from levattn.attention.polynomial import attend_polynomial, polynomial_probabilities, universal_spec
@@ -58,6 +59,8 @@ def lev_attention(
         return attend_causal(query, key, value, spec, mask=mask)
     if spec.method == "dense" and spec.power is None:
         return attend_dense(query, key, value, mask)
+    if takes(query, key, spec, mask):
+        return attend_fused(query, key, value, spec, grid=grid, rng=rng)
     coreset = choose_coreset(query, key, value, spec, mask=mask, grid=grid, rng=rng)
     spec = _settled(spec, key.shape[1], grid)
     return attend_coreset(query, key, value, coreset, spec, mask=mask, grid=grid)

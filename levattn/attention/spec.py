@@ -60,6 +60,7 @@ class AttentionSpec:
     seed: int = 0
     causal: bool = False
     power: int | float | None = None
+    implementation: Literal["auto", "xla", "pallas"] = "auto"
 
     def __post_init__(self):
         if self.k is None and self.eps is None and self.k_per_head is None:
@@ -91,6 +92,8 @@ class AttentionSpec:
             raise ValueError(f"ridge={self.ridge} must not be negative")
         if self.seeding not in ("farthest", "strips"):
             raise ValueError(f"seeding={self.seeding!r} must be 'farthest' or 'strips'")
+        if self.implementation not in ("auto", "xla", "pallas"):
+            raise ValueError(f"implementation={self.implementation!r} must be 'auto', 'xla' or 'pallas'")
         if self.num_iters < 0:
             raise ValueError(f"num_iters={self.num_iters} must not be negative")
         if self.num_landmarks is not None and self.num_landmarks < 1:

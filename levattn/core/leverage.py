@@ -104,11 +104,15 @@ def gram_matrix(keys: Float[Array, "B S H D"], chunk: int = 256) -> Float[Array,
     keys = keys.reshape(batch, num_chunks, -1, heads, head_dim)
     dtype = jnp.promote_types(keys.dtype, jnp.float32)
     grams = jnp.einsum("bcshd,bcshe->bchde", keys, keys, precision="highest", preferred_element_type=dtype)
-    while grams.shape[1] > 1:
-        half = grams.shape[1] // 2
-        pairs = grams[:, :half] + grams[:, half : 2 * half]
-        grams = jnp.concatenate([pairs, grams[:, 2 * half :]], axis=1)
-    return grams[:, 0]
+    return sum_pairwise(jnp.moveaxis(grams, 1, 0))
+
+
+def sum_pairwise(parts: Float[Array, "P *shape"]) -> Float[Array, "*shape"]:
+    """The sum over the first axis, halves added to halves: rounding grows with the logarithm of their number."""
+    while len(parts) > 1:
+        half = len(parts) // 2
+        parts = jnp.concatenate([parts[:half] + parts[half : 2 * half], parts[2 * half :]])
+    return parts[0]
 
 
 def _ridge_keys(keys: Float[Array, "B S H D"], ridge: float) -> Float[Array, "B D H D"]:
@@ -118,7 +122,7 @@ def _ridge_keys(keys: Float[Array, "B S H D"], ridge: float) -> Float[Array, "B 
     return axes * jnp.sqrt(ridge * mean_power)[:, None, :, None]
 
 
-def _inverse_norms(squared_norms: Float[Array, "..."]) -> Float[Array, "..."]:
+def inverse_norms(squared_norms: Float[Array, "..."]) -> Float[Array, "..."]:
     """1 / norm, and 0 for a zero column. Leverage scores do not change when columns are scaled."""
     is_zero = squared_norms == 0
     return jnp.where(is_zero, 0, jax.lax.rsqrt(jnp.where(is_zero, 1, squared_norms)))
@@ -136,24 +140,41 @@ def scores_from_gram(
     Returns:
       Scores from the Cholesky factor of the Gram matrix, and the smallest pivot of the column-scaled matrix.
     """
-    head_dim = keys.shape[-1]
-    identity = jnp.eye(head_dim, dtype=jnp.float32)
-    scale = _inverse_norms(jnp.diagonal(gram, axis1=-2, axis2=-1))
-    # The shift keeps the factor finite on singular matrices (a quarter of it was seen to fail on equal keys). Keys have
-    # no part in the null space, so it is not seen there; a direction of squared singular value v it damps by
-    # v / (v + shift).
-    shift = max(8 * head_dim, 512) * jnp.finfo(jnp.float32).eps
-    factor, inverse = linalg.inverse_cholesky(gram * scale[..., :, None] * scale[..., None, :] + shift * identity)
-    smallest_pivot = jnp.min(jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
-    whiten = inverse * scale[..., None, :]
+    whiten, smallest_pivot = whitening(gram)
     whitened = jnp.einsum("bshd,bhed->bhse", keys.astype(jnp.float32), whiten, precision="highest")
     return jnp.sum(jnp.square(whitened), axis=-1), smallest_pivot
+
+
+def whitening(gram: Float[Array, "B H D D"]) -> tuple[Float[Array, "B H D D"], Float[Array, "B H"]]:
+    """Lower triangular W with W^T W = G^-1: the leverage score of a key k is ||W k||^2.
+
+    Args:
+      gram: K^T K of each head.
+
+    Returns:
+      W, and the smallest pivot of the column-scaled matrix. Cost: D^3 operations a head.
+    """
+    scale = inverse_norms(jnp.diagonal(gram, axis1=-2, axis2=-1))
+    scaled = gram * scale[..., :, None] * scale[..., None, :]
+    identity = jnp.eye(gram.shape[-1], dtype=jnp.float32)
+    factor, inverse = linalg.inverse_cholesky(scaled + diagonal_shift(gram.shape[-1]) * identity)
+    smallest_pivot = jnp.min(jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
+    return inverse * scale[..., None, :], smallest_pivot
+
+
+def diagonal_shift(head_dim: int) -> float:
+    """What is added to the unit diagonal of a scaled Gram matrix.
+
+    It keeps the factor finite on singular matrices (a quarter of it was seen to fail on equal keys). Keys have no part
+    in the null space, so it is not seen there; a direction of squared singular value v it damps by v / (v + shift).
+    """
+    return max(8 * head_dim, 512) * float(jnp.finfo(jnp.float32).eps)
 
 
 def _svd_scores(keys: Float[Array, "B S H D"]) -> Float[Array, "B H S"]:
     """Scores as squared row norms of the left singular vectors that the rank cut keeps."""
     columns = jnp.swapaxes(keys, 1, 2).astype(jnp.float32)
-    columns *= _inverse_norms(jnp.sum(jnp.square(columns), axis=2, keepdims=True))
+    columns *= inverse_norms(jnp.sum(jnp.square(columns), axis=2, keepdims=True))
     left, singular, _ = linalg.svd(columns)
     cut = max(columns.shape[-2:]) * jnp.finfo(jnp.float32).eps * singular[..., :1]
     return jnp.sum(jnp.square(left), axis=-1, where=(singular > cut)[..., None, :])
