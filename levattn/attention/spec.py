@@ -1,9 +1,9 @@
 """What an attention method may be asked for: one frozen, hashable record, safe as a static jit argument."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
-ScoreMethod = Literal["auto", "gram", "svd"]
+from levattn.core.leverage import ScoreMethod
 
 # Methods whose keys stand for themselves alone.
 _KEEPING = ("dense", "leverage", "row_norm", "random", "kmeans", "oracle")
@@ -86,8 +86,8 @@ class AttentionSpec:
             raise ValueError(
                 f"local_window={window!r} must be an odd number of tokens, a pair of odd numbers or 'cross'"
             )
-        if self.score_method not in ("auto", "gram", "svd"):
-            raise ValueError(f"score_method={self.score_method!r} must be 'auto', 'gram' or 'svd'")
+        if self.score_method not in get_args(ScoreMethod):
+            raise ValueError(f"score_method={self.score_method!r} must be one of {', '.join(get_args(ScoreMethod))}")
         if self.ridge < 0:
             raise ValueError(f"ridge={self.ridge} must not be negative")
         if self.seeding not in ("farthest", "strips"):
