@@ -14,12 +14,14 @@ from levattn.data import normalize, open_source
 from levattn.models import ViT, unrolled_to_scan
 from levattn.training.attentions import describe, expand, with_attention
 from levattn.training.checkpoint import Checkpointer
-from levattn.training.config import TrainConfig, from_config_dict, to_dict
+from levattn.training.config import MeshConfig, TrainConfig, from_config_dict, to_dict
 from levattn.training.evaluate import evaluate_attention, load_trained
 from levattn.training.export import export_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.loaded import on_source
 from levattn.training.loop import train
+from levattn.training.passes import timed_passes
+from levattn.training.sharding import make_mesh
 
 CONFIG = from_config_dict(
     TrainConfig,
@@ -56,7 +58,7 @@ def test_rows_equal_a_plain_loop_whatever_the_batch_size(workdir):
     images = np.stack([source[i]["image"] for i in range(len(source))])
     labels = np.array([source[i]["label"] for i in range(len(source))])
     specs = [AttentionSpec("dense"), AttentionSpec("leverage", k=5), AttentionSpec("kmeans", k=5, keep_prefix=1)]
-    for batch_size in (360, 104):  # 360 = 3 x 104 + 48: the last batch is partial
+    for batch_size in (360, 53):  # 360 = 6 x 52 + 48: the last batch is partial
         rows = evaluate_attention(config, params, specs, batch_size=batch_size)
         for row, spec in zip(rows, specs, strict=True):
             model = ViT(dataclasses.replace(config.model, attention=spec))
@@ -216,3 +218,15 @@ def test_a_retrofit_leaves_the_long_warm_up_of_its_base_behind(workdir, tmp_path
 def test_the_config_of_a_run_survives_the_round_trip(workdir):
     config, _ = load_trained(workdir)
     assert from_config_dict(TrainConfig, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(128, [64]), (50, [32, 32]), (31, [24, 24, 24])])
+def test_batches_are_no_larger_than_fills_them(workdir, batch_size, sizes):
+    config, params = load_trained(workdir)
+    source = open_source(config.data, "test[:64]")  # on eight devices
+    passes = timed_passes(
+        [lambda _, batch: batch["mask"]], params, source, config.data, make_mesh(MeshConfig()), batch_size
+    )
+    masks = [results[0][0] for results in passes]
+    assert [len(mask) for mask in masks] == sizes
+    assert sum(mask.sum() for mask in masks) == 64

@@ -129,3 +129,9 @@ def test_the_first_images_are_those_of_the_source_however_they_are_batched():
 def test_similarity_to_nothing_is_zero():
     a = np.float32([[1, 0], [0, 2], [0, 0]])
     np.testing.assert_allclose(cosine_similarity(a, np.float32([[3, 0], [1, 1], [1, 0]])), [1, np.sqrt(0.5), 0])
+
+
+def test_too_few_images_for_the_folds_cost_the_probe_and_nothing_else():
+    with pytest.warns(UserWarning, match="no probe: folds=500 needs as many images"):
+        rows, _ = evaluate_retrofit(tiny_model(), SPECS[:1], config=dataclasses.replace(FAST, folds=500))
+    assert all("probe" not in row and row["cosine"] > 0 for row in rows)

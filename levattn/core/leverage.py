@@ -40,8 +40,8 @@ def leverage_scores(
         columns scaled to equal norms, is damped; scores of well-conditioned keys are low by about 1e-4. Exact rank
         deficiency, zero keys and S < D are fine. What the attention layer uses unless told otherwise.
       refined: gram, and once more on the keys that the first has whitened, which takes back the damping (shifted
-        Cholesky QR, Fukaya et al., 2020). Right to 1e-4 up to condition numbers of 1e4, to 1e-3 on rank-deficient keys; at
-        twice the cost of gram.
+        Cholesky QR, Fukaya et al., 2020). Right to 1e-4 up to condition numbers of 1e4, to 1e-3 on rank-deficient keys;
+        at twice the cost of gram.
       svd: the definition, with singular values under max(S, D) * eps of the largest cut, columns scaled to equal
         norms. Right at any conditioning that float32 can express; one to three orders slower on accelerators.
       auto: gram where S >= D and the smallest Cholesky pivot of every head says that it is safe (no score is then off

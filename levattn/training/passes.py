@@ -29,12 +29,15 @@ def timed_passes(
       source: What to run on, every example once.
       data: How its images are prepared.
       mesh: Over which batches are split.
-      batch_size: Examples at a time, over all devices; rounded up so that each device gets the same number of rows.
+      batch_size: The most examples at a time, over all devices. Batches are of one size, which is no larger than fills
+        their number, so that little is computed for rows of padding; each device gets the same number of rows.
 
     Yields:
       For each batch the results of the steps, on the host, and the seconds each took, from batch on device to result
       on host, without compilation.
     """
+    num_batches = -(-len(source) // batch_size)
+    batch_size = -(-len(source) // num_batches)
     batch_size = -(-batch_size // mesh.size) * mesh.size // jax.process_count()
     shards = {"shard_index": jax.process_index(), "num_shards": jax.process_count()}
     with contextlib.closing(eval_batches(source, data, batch_size=batch_size, **shards)) as batches:

@@ -11,6 +11,10 @@ from levattn.training.config import ProbeConfig
 DEFAULTS = ProbeConfig()
 
 
+class TooFewImages(ValueError):
+    """A class has fewer images than there are folds."""
+
+
 @dataclasses.dataclass(frozen=True)
 class ProbeResult:
     """Accuracies of one set of features, fractions.
@@ -49,7 +53,8 @@ def probe(
       A result for each of `others`.
 
     Raises:
-      ValueError: Fewer than two classes, or a class with fewer images than there are folds.
+      ValueError: Fewer than two classes.
+      TooFewImages: A class with fewer images than there are folds.
     """
     # Slow to import, and only needed here.
     from sklearn.linear_model import LogisticRegression
@@ -62,7 +67,7 @@ def probe(
     if len(classes) < 2:
         raise ValueError(f"a probe needs images of at least two classes, and all of these {len(labels)} are of one")
     if counts.min() < config.folds:
-        raise ValueError(
+        raise TooFewImages(
             f"folds={config.folds} needs as many images of every class, and class {classes[counts.argmin()]} has "
             f"{counts.min()}: use fewer folds or more images"
         )

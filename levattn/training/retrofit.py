@@ -1,5 +1,6 @@
 """What is left of a trained model when its attention is replaced, with no training at all."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from levattn.training.config import ProbeConfig
 from levattn.training.evaluate import prepare
 from levattn.training.features import embed
 from levattn.training.loaded import LoadedModel
-from levattn.training.probe import DEFAULTS, probe
+from levattn.training.probe import DEFAULTS, ProbeResult, TooFewImages, probe
 
 DENSE = AttentionSpec("dense")
 
@@ -46,7 +47,10 @@ def evaluate_retrofit(
       Then the relative error of each layer, by the name of the attention and the mean number of keys.
 
     Raises:
-      ValueError: Images that do not fit the model; k exceeds the tokens; too few images of a class for the folds.
+      ValueError: Images that do not fit the model; k exceeds the tokens.
+
+    Warns:
+      UserWarning: Too few images of a class for the folds: the rows have no probe.
     """
     data, model, params = trained.config.data, trained.config.model, trained.params
     source = open_source(data, data.eval_split) if source is None else source
@@ -74,13 +78,24 @@ def evaluate_retrofit(
         }
         if dense.predicted is not None:
             row["agreement"] = top1_agreement(output.predicted, dense.predicted)
-    if len(np.unique(labels)) > 1:
-        results = probe(dense.embedding, [output.embedding for output in outputs], labels, config)
+    results = _probe([output.embedding for output in outputs], labels, config)
+    if results is not None:
         for row, result in zip(rows, results, strict=True):
             row |= {"probe": result.linear, "probe_std": result.linear_std, "knn": result.knn}
     return rows, {
         _label(attention, row): error.tolist() for attention, row, error in zip(attentions, rows, errors, strict=True)
     }
+
+
+def _probe(embeddings, labels, config: ProbeConfig) -> list[ProbeResult] | None:
+    """None where the labels do not allow one: what needs none of them, and took the time, stands."""
+    if len(np.unique(labels)) < 2:
+        return None
+    try:
+        return probe(embeddings[0], embeddings, labels, config)
+    except TooFewImages as error:
+        warnings.warn(f"no probe: {error}", stacklevel=3)
+        return None
 
 
 def _label(attention: Attention, row: dict[str, Any]) -> str:
