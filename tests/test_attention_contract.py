@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 
 from levattn import attention
 from levattn.attention import METHODS, AttentionSpec, attend, get_method
@@ -246,3 +247,29 @@ def test_options_out_of_range_are_named(options, named):
 def test_the_spec_is_hashable_and_replaceable():
     spec = AttentionSpec("leverage", local_window=(3, 3))
     assert hash(spec) == hash(dataclasses.replace(spec))
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_key_that_is_not_a_number_is_refused_and_under_jit_never_hidden(method, number):
+    query, key, value = _inputs()
+    bad = key.at[0, 13, 1, 2].set(number)
+    spec = AttentionSpec(method, k=KEPT)
+    with pytest.raises(ValueError, match=r"keys must be finite: found (nan|inf) at \(0, 13, 1, 2\)"):
+        attention.lev_attention(query, bad, value, spec)
+    out = np.asarray(lev_attention(query, bad, value, spec))
+    others = np.ones(out.shape, bool)
+    others[0, :, 1] = False
+    np.testing.assert_array_equal(out[others], np.asarray(lev_attention(query, key, value, spec))[others])
+    if method == "dense":  # infinity has a place in softmax: for queries of the other sign the key does not count
+        assert np.isnan(out[0, :, 1]).any()
+    elif method != "random":  # which looks at no key, and here keeps others
+        assert np.isnan(out[0, :, 1]).any(axis=-1).all()
+
+
+def test_checkify_reports_a_key_that_is_not_a_number_under_jit():
+    query, key, value = _inputs()
+    attend = jax.jit(functools.partial(attention.lev_attention, spec=AttentionSpec("leverage", k=KEPT)))
+    for bad, said in ((key, None), (key.at[0, 0, 0, 0].set(jnp.nan), "keys must be finite")):
+        error, _ = checkify.checkify(attend)(query, bad, value)
+        assert (said is None) == (error.get() is None)
+        assert said is None or said in error.get()

@@ -36,6 +36,7 @@ def gather(
     value: Float[Array, "B S H D"],
     indices: Int[Array, "B H K"],
     valid: Bool[Array, "B H K"],
+    sound: Bool[Array, "B H"] | None = None,
 ) -> Coreset:
     """Takes the keys and values at `indices`; gradients flow to them, the indices carry none.
 
@@ -44,16 +45,21 @@ def gather(
       value: All values.
       indices: Which to keep, per batch element and head.
       valid: Which of the kept slots count.
+      sound: False for a head in which the choice means nothing, because one key is not a number: its weights, and with
+        them its outputs, are NaN. A choice made from NaN looks as good as any other. None: all are sound.
 
     Returns:
       A coreset of unweighted keys; slots that do not count hold zeros, whatever (NaN, say) stood there. Cost: B K H D
       numbers moved, twice.
     """
+    log_weights = jnp.zeros(indices.shape, jnp.float32)
+    if sound is not None:
+        log_weights = jnp.where(sound[..., None], log_weights, jnp.nan)
     along, kept = (jnp.swapaxes(x, 1, 2)[..., None] for x in (indices, valid))
     return Coreset(
         keys=jnp.where(kept, jnp.take_along_axis(key, along, axis=1), 0),
         values=jnp.where(kept, jnp.take_along_axis(value, along, axis=1), 0),
-        log_weights=jnp.zeros(indices.shape, jnp.float32),
+        log_weights=log_weights,
         indices=indices,
         valid=valid,
     )

@@ -71,5 +71,7 @@ def attend_fused(query, key, value, spec: AttentionSpec, *, grid=None, rng=None)
         k = num_kept(spec, key.shape[1], key.shape[3])
         indices = top_leverage(frozen, k, keep_prefix=spec.keep_prefix, interpret=interpret)
     else:
-        indices = get_method(spec.method)(query, frozen, value, spec=spec, rng=rng, grid=grid).indices
+        coreset = get_method(spec.method)(query, frozen, value, spec=spec, rng=rng, grid=grid)
+        # The kernels' way of saying that there is no telling: no key has this index, and none is NaN.
+        indices = jnp.where(jnp.isnan(coreset.log_weights), key.shape[1], coreset.indices)
     return attend_selected(query, key, value, indices, interpret)

@@ -42,7 +42,7 @@ def kmeans(query, key, value, *, spec, mask=None, rng=None, grid=None) -> Corese
             kept &= head_dim * share >= spec.eps
         indices = jnp.concatenate([indices, medoids], axis=-1)
         valid = jnp.concatenate([valid, kept], axis=-1)
-    return gather(key, value, indices, valid)
+    return gather(key, value, indices, valid, sound=jnp.all(jnp.isfinite(points), axis=(2, 3)))
 
 
 def _medoids(

@@ -20,6 +20,7 @@ from levattn.attention.registry import get_method
 from levattn.attention.scored import dense_probabilities
 from levattn.attention.select import is_selected
 from levattn.attention.spec import AttentionSpec
+from levattn.core.finite import check_finite
 
 
 def lev_attention(
@@ -47,8 +48,10 @@ def lev_attention(
       The outputs, in the dtype of `query`.
 
     Raises:
-      ValueError: For an unknown method, more keys asked for than there are, or a window that does not fit.
+      ValueError: For an unknown method, more keys asked for than there are, a window that does not fit, or keys that
+        are not finite (under `jax.jit` the outputs of their head are NaN; see `levattn.core.finite`).
     """
+    check_finite("keys", key, mask)
     if spec.k_per_head is not None and spec.method != "dense":
 
         def attend_some(query, key, value, spec, rng):

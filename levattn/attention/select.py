@@ -48,7 +48,8 @@ def select_by_score(
       mask: True for the tokens that exist. The others are never kept, not even as prefix.
 
     Returns:
-      The coreset; its slots are in order of falling score, the always-kept ones first. Cost: a top-k of S per head.
+      The coreset; its slots are in order of falling score, the always-kept ones first. Of a head with a score that is
+      NaN all weights are, too, and with them its outputs. Cost: a top-k of S per head.
     """
     scores = jax.lax.stop_gradient(scores)
     num_keys, head_dim = key.shape[1], key.shape[3]
@@ -57,7 +58,8 @@ def select_by_score(
     if mask is not None:
         ranking = jnp.where(mask[:, None], ranking, -jnp.inf)
     top, indices = jax.lax.top_k(ranking, num_kept(spec, num_keys, head_dim))
-    return gather(key, value, indices, top >= (-jnp.finfo(top.dtype).max if spec.eps is None else spec.eps))
+    least = -jnp.finfo(top.dtype).max if spec.eps is None else spec.eps
+    return gather(key, value, indices, ~(top < least), sound=~jnp.any(jnp.isnan(scores), axis=-1))
 
 
 def is_selected(indices: Int[Array, "B H K"], valid: Bool[Array, "B H K"], num_keys: int) -> Bool[Array, "B H S"]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from levattn.core import linalg
+from levattn.core.finite import check_finite
 
 ScoreMethod = Literal["auto", "gram", "refined", "svd"]
 
@@ -61,7 +62,8 @@ def leverage_scores(
       Float32 scores.
 
     Raises:
-      ValueError: For another rank of `keys`, an unknown method or a negative ridge.
+      ValueError: For another rank of `keys`, an unknown method, a negative ridge, or keys that are not finite (under
+        `jax.jit` their head scores NaN; see `levattn.core.finite`).
     """
     if method not in get_args(ScoreMethod):
         raise ValueError(f"{method=} must be one of {', '.join(get_args(ScoreMethod))}")
@@ -73,6 +75,7 @@ def leverage_scores(
     if keys.ndim != 4:
         raise ValueError(f"{keys.shape=} must be (tokens, width) or (batch, tokens, heads, width)")
 
+    check_finite("keys", keys, mask)
     if mask is not None:
         keys = jnp.where(mask[:, :, None, None], keys, 0)
     if centre:

@@ -25,7 +25,7 @@ def attend_selected(
       query: Queries, in half precision; D a power of two of at least 16.
       key: All keys.
       value: All values.
-      indices: Which keys each head attends to.
+      indices: Which keys each head attends to. S stands for no key, and makes the outputs of its head NaN.
       interpret: Run on any device, slowly.
 
     Returns:
@@ -73,9 +73,8 @@ def _gather(key_ref, value_ref, index_ref):
     is_slot = slots < num_kept
     at = plgpu.load(index_ref.at[slots], mask=is_slot, other=0)
     columns = jnp.arange(key_ref.shape[1])[None, :]
-    key, value = (
-        plgpu.load(ref.at[at[:, None], columns], mask=is_slot[:, None], other=0) for ref in (key_ref, value_ref)
-    )
+    is_key = (at < key_ref.shape[0])[:, None]
+    key, value = (plgpu.load(ref.at[at[:, None], columns], mask=is_key, other=jnp.nan) for ref in (key_ref, value_ref))
     return key, value, is_slot
 
 
@@ -164,7 +163,7 @@ def _scatter_kernel(key_ref, value_ref, index_ref, _, __, dk_ref, dv_ref):
     parts, slots, head_dim = key_ref.shape
     # Slots past the last kept key repeat it: they write what it writes.
     slot = jnp.minimum(jnp.arange(slots), index_ref.shape[0] - 1)
-    at = plgpu.load(index_ref.at[slot])[:, None]
+    at = jnp.minimum(plgpu.load(index_ref.at[slot])[:, None], dk_ref.shape[0] - 1)
     slot, columns = slot[:, None], jnp.arange(head_dim)[None, :]
 
     def total(ref):

@@ -83,6 +83,8 @@ def top(
 ) -> Int[Array, "B H K"]:
     """Indices of the k largest scores of each head, in falling order, ties by index, as `jax.lax.top_k` has them.
 
+    A head with a score that is NaN gets S for all its indices, the place of no key.
+
     Args:
       scores: Not negative.
       k: How many, at most S and at most `rows`.
@@ -94,12 +96,13 @@ def top(
       The indices. Cost: k passes over the scores, in registers.
     """
     num_keys = scores.shape[2]
+    sound = ~jnp.any(jnp.isnan(scores), axis=-1, keepdims=True)
     if keep_prefix:
         scores = jnp.where(jnp.arange(num_keys) < keep_prefix, jnp.inf, scores)
     indices = None
     while indices is None or indices.shape[2] > k:
         scores, indices = _best_of_stretches(scores, indices, k, rows, num_warps, interpret)
-    return indices
+    return jnp.where(sound, indices, num_keys)
 
 
 def _best_of_stretches(scores, indices, k, rows, num_warps, interpret):

@@ -1,0 +1,33 @@
+"""Arrays that must be finite: refused where they are at hand, checked on request where they are traced."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+from jaxtyping import Array, Bool, Float
+
+
+def check_finite(name: str, array: Float[Array, "B S *rest"], mask: Bool[Array, "B S"] | None = None) -> None:
+    """Refuses an array with NaN or infinity among the tokens that exist.
+
+    Outside of transformations the array is looked at, and waited for. Inside, nothing is done, at no cost, unless the
+    function is run by `jax.experimental.checkify.checkify`, which then reports it.
+
+    Args:
+      name: Of the array, for the message.
+      array: Any float dtype.
+      mask: True for the tokens that exist.
+
+    Raises:
+      ValueError: With the place of the first such number.
+    """
+    finite = jnp.isfinite(array)
+    if mask is not None:
+        finite |= ~mask.reshape(mask.shape + (1,) * (array.ndim - 2))
+    if isinstance(finite, jax.core.Tracer):
+        checkify.debug_check(jnp.all(finite), f"{name} must be finite: NaN or infinity among them")
+    elif not (found := np.asarray(finite)).all():
+        place = tuple(int(i) for i in np.argwhere(~found)[0])
+        raise ValueError(
+            f"{name} must be finite: found {array[place]} at {place}, {np.sum(~found)} such numbers in all"
+        )
