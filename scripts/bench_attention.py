@@ -11,6 +11,7 @@ attention of the case, "/ floor" to the time in which the device could read the 
 
 import argparse
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -20,7 +21,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 from rich.console import Console
 
-from levattn.bench import cases, contenders, floor, measure, table, timing
+from levattn.attention import lev_attention
+from levattn.bench import cases, contenders, floor, measure, parts, table, timing
 from levattn.training.workdir import prepare_workdir, provenance, write_json
 
 
@@ -37,6 +39,9 @@ def main() -> None:
     parser.add_argument("--max_seconds", type=float, default=30.0, help="rows that would take longer are left out")
     parser.add_argument("--max_gib", type=float, help="programs that need more are left out; default: what there is")
     parser.add_argument("--bandwidth", type=float, help="of the memory, GB/s; default: measured by a copy")
+    parser.add_argument(
+        "--parts", action="store_true", help="also profile each method: the time of every kernel (GPUs)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file, after every row")
     args = parser.parse_args()
@@ -78,6 +83,23 @@ def main() -> None:
         rows = measure.with_dense_ratios(rows)
         record["rows"] += [dataclasses.asdict(row) for row in rows]
         console.print(table.case_table(rows))
+        if args.parts:
+            record["kernels"] = record.get("kernels", []) + _profile(case, entries, args, console)
+            if args.out:
+                write_json(args.out, record)
+
+
+def _profile(case, entries, args, console: Console) -> list[dict]:
+    inputs = cases.draw_inputs(case, args.head_dim, args.dtype, args.seed)
+    found = []
+    for entry in entries:
+        if entry.spec is not None:
+            attend = contenders.with_gradients(functools.partial(lev_attention, spec=entry.spec))
+            kernels = [dataclasses.asdict(part) for part in parts.kernel_times(attend, inputs)]
+            found.append({"case": str(case), "name": entry.name, "direction": measure.BACKWARD, "kernels": kernels})
+            for kernel in kernels:
+                console.print(f"  {entry.name:<12} {kernel['us']:9.1f} us  {kernel['name']}", highlight=False)
+    return found
 
 
 if __name__ == "__main__":
