@@ -16,7 +16,7 @@ ALLOWED = {
     "universal": {"core"},
     "kernels": {"core"},
     "attention": {"core", "universal", "kernels"},
-    "bench": {"core", "universal", "kernels", "attention"},
+    "bench": {"core", "universal", "kernels", "attention", "models", "data", "training"},
     "models": {"core", "universal", "kernels", "attention"},
     "data": set(),
     "training": {"core", "universal", "kernels", "attention", "models", "data"},
