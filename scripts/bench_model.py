@@ -4,7 +4,8 @@
     python scripts/bench_model.py --cases S/14:32:518 --passes forward --attention dense,matched,leverage --k 32,64
 
 A case is variant:batch[:pixels]. Dense attention is the fastest that JAX has on the device: cuDNN's fused kernel on
-GPUs in bfloat16, else XLA's. "/ dense" is the ratio of the times to it. `--timm` adds timm's model, compiled by PyTorch.
+GPUs in bfloat16, else XLA's. "/ dense" is the ratio of the times to it. `--timm` adds timm's model, compiled by
+PyTorch.
 """
 
 import argparse
