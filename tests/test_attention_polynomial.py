@@ -237,6 +237,8 @@ def test_sown_mass_is_that_of_the_polynomial_matrix():
     "options, named",
     [
         ({"power": 0.5}, r"power=0\.5"),
+        ({"power": 2, "method": "leverage", "eps": 0.1}, "k=32 must be None"),
+        ({"power": 2, "method": "leverage", "eps": 0.1, "k": None, "ridge": 1.0}, r"ridge=1\.0 0 with power"),
         ({"power": float("inf")}, "power=inf"),
         ({"power": 2, "method": "matched"}, "method='matched'"),
         ({"power": 2, "local_window": 3}, "local_window=3"),

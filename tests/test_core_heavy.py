@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from levattn.core import Growth, Huber, Power, Softmax, heavy_entries, heavy_entries_blocks
+from levattn.core.heavy import checked_indices
 from levattn.core.rowsums import exact_row_sums, jl_row_sums, sampled_row_sums
 
 FUNCTIONS = {
@@ -226,13 +227,28 @@ def test_keys_of_another_width_or_place_are_refused():
 
 
 def test_row_sums_beyond_float64_are_reported():
+    eighth = Growth(lambda x: np.abs(x) ** 8, 8, 8)  # as any function: that it does not see the scale is not known
     with pytest.raises(ValueError, match="overflows"), np.errstate(over="ignore", invalid="ignore"):
-        heavy_entries(np.full((1, 2), 1e38), np.full((3, 2), 1e38), 0.1, Power(8))
+        heavy_entries(np.full((1, 2), 1e38), np.full((3, 2), 1e38), 0.1, eighth)
 
 
-@pytest.mark.parametrize("number", [0.0, 1.0, -0.5])
-def test_relative_errors_lie_between_nought_and_one(number):
-    with pytest.raises(ValueError, match="relative_error"):
-        sampled_row_sums(GOOD, Power(1), number, 4)
-    with pytest.raises(ValueError, match="relative_error"):
-        jl_row_sums(GOOD, number, 4)
+@pytest.mark.parametrize("p", [1, 2, 6, 7, 12])
+def test_powers_do_not_see_the_scale_of_queries_and_keys(p):
+    rng = np.random.default_rng(p)
+    queries, keys = rng.normal(size=(9, 3)), rng.normal(size=(12, 3))
+    plain = heavy_entries(queries, keys, 0.15, Power(p))
+    assert len(plain.values)
+    rows = 2.0 ** rng.integers(-300, 300, size=(9, 1))  # each query its own: all products stay in range
+    for by_queries, by_keys in ((1e-30, 1e-30), (1e-170, 1e170), (1e100, 1e190), (rows, 2.0**-700)):
+        scaled = heavy_entries(queries * by_queries, keys * by_keys, 0.15, Power(p))
+        np.testing.assert_array_equal(scaled.query_indices, plain.query_indices)
+        np.testing.assert_array_equal(scaled.key_indices, plain.key_indices)
+        np.testing.assert_allclose(scaled.values, plain.values, rtol=1e-9)
+
+
+def test_key_indices_are_looked_at_once_each_and_a_mask_is_refused():
+    plain = heavy_entries(GOOD, GOOD, 0.1)
+    twice = heavy_entries(GOOD, GOOD, 0.1, key_indices=np.repeat(np.arange(len(GOOD)), 2))
+    np.testing.assert_array_equal(twice.key_indices, plain.key_indices)
+    with pytest.raises(ValueError, match=r"key_indices.dtype=dtype\('bool'\) must be an integer"):
+        checked_indices(np.ones(len(GOOD), bool), len(GOOD))

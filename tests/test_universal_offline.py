@@ -177,3 +177,10 @@ def test_a_calibrated_eps_covers_new_queries_as_often_as_stated():
 def test_what_does_not_go_together_is_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
         choose_eps(_keys(0), **arguments)
+
+
+@pytest.mark.parametrize("f", [Power(1), Power(2), Power(4), Huber()])
+@pytest.mark.parametrize("scale", [1e-170, 1e-40, 1e160])
+def test_the_set_is_that_of_all_multiples_of_the_keys(f, scale):
+    keys = np.random.default_rng(0).normal(size=(200, 5))
+    np.testing.assert_array_equal(universal_set(scale * keys, 0.05, f).indices, universal_set(keys, 0.05, f).indices)

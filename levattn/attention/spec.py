@@ -124,3 +124,8 @@ class AttentionSpec:
                 f"local_window={self.local_window!r} must be None and centre={self.centre} False with power: "
                 "both are for softmax"
             )
+        if self.method == "leverage" and self.eps is not None and (self.k is not None or self.ridge):
+            raise ValueError(
+                f"k={self.k} must be None and ridge={self.ridge} 0 with power and eps: eps is a promise then, which a "
+                "cap or lower scores would break; give k alone for the best k without one"
+            )

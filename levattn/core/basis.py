@@ -18,6 +18,7 @@ _EPS = float(np.finfo(np.float64).eps)
 _SAFE_SQUARE = 1e-6  # smallest over largest eigenvalue of a Gram matrix that is relied on
 # A key with a larger part (relative to its own length) in the directions that the rank cut drops is not resolved.
 _RESOLVED = 1e-8
+_SAFE_EXPONENT = 32
 
 Features = Callable[[np.ndarray], np.ndarray]  # of a block of rows
 
@@ -37,6 +38,14 @@ def checked_matrix(name: str, matrix: Shaped[Array | np.ndarray, "..."]) -> Floa
             row = start + int(np.argmin(np.all(np.isfinite(block), axis=1)))
             raise ValueError(f"{name}[{row}] holds NaN or infinity: mask or drop such rows first")
     return matrix
+
+
+def at_unit_scale(matrix: Float[np.ndarray, "S D"]) -> Float[np.ndarray, "S D"]:
+    """The matrix times a power of two, in float64, if its entries are so large or small that squares or powers of them
+    might leave float64. What is the same for all multiples of the keys is then that of the keys, to the last bit.
+    """
+    exponent = int(np.frexp(max(matrix.max(), -matrix.min()))[1])
+    return matrix if abs(exponent) < _SAFE_EXPONENT else np.ldexp(matrix.astype(np.float64), -exponent)
 
 
 def row_blocks(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from levattn.core.basis import row_blocks
 from levattn.core.functions import Power
-from levattn.core.heavy import HeavyEntries, checked_pair
+from levattn.core.heavy import HeavyEntries, checked_indices, checked_pair
 from levattn.core.rowsums import EXACT, exact_row_sums
 from levattn.core.sensitivity import passes, sensitivity_bounds
 
@@ -55,7 +55,7 @@ def countsketch_heavy_entries(
         raise ValueError(f"{failure=} must be in (0, 1)")
     if key_indices is None:
         key_indices = np.flatnonzero(passes(sensitivity_bounds(keys, Power(2)), eps))
-    key_indices = np.sort(np.asarray(key_indices, np.int64))
+    key_indices = checked_indices(key_indices, len(keys))
     chosen = keys[key_indices].astype(np.float64)
     num_buckets, num_tables = math.ceil(16 / eps), num_tables_for(failure * eps / len(queries))
     rng = np.random.default_rng(seed)

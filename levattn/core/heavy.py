@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from levattn.core.basis import checked_matrix, row_blocks
+from levattn.core.basis import at_unit_scale, checked_matrix, row_blocks
 from levattn.core.functions import AttentionFunction, Power
 from levattn.core.rowsums import EXACT, RowSums, exact_row_sums
 from levattn.core.sensitivity import check_eps, passes, sensitivity_bounds
@@ -91,15 +91,29 @@ def heavy_entries_blocks(
     queries, keys, eps = checked_pair(queries, keys, eps)
     if key_indices is None:
         key_indices = np.flatnonzero(passes(sensitivity_bounds(keys, f), eps))
-    key_indices = np.asarray(key_indices)
-    if key_indices.size and not 0 <= key_indices.min() <= key_indices.max() < len(keys):
-        raise ValueError(f"key_indices must be in [0, {len(keys)}): they are those of another set of keys")
+    key_indices = checked_indices(key_indices, len(keys))
     if row_sums is None:
+        if isinstance(f, Power):
+            keys = at_unit_scale(keys)
         row_sums = exact_row_sums(keys, f, num_queries=len(queries))
     chosen = keys[key_indices].astype(np.float64)
     # Products, their f, and the comparison: two and a half blocks at a time.
     size = max(1, min(block_bytes // (20 * max(1, len(chosen))), 1 << 16))
     return _blocks(queries, chosen, key_indices, eps, f, row_sums, size)
+
+
+def checked_indices(key_indices: Shaped[np.ndarray, " U"], num_keys: int) -> Int[np.ndarray, " V"]:
+    """Indices of keys, each once and in order.
+
+    Raises:
+      ValueError: They are no whole numbers (a mask, say), or no indices of so many keys.
+    """
+    key_indices = np.asarray(key_indices)
+    if key_indices.size and not np.issubdtype(key_indices.dtype, np.integer):
+        raise ValueError(f"{key_indices.dtype=} must be an integer: give np.flatnonzero of a mask")
+    if key_indices.size and not 0 <= key_indices.min() <= key_indices.max() < num_keys:
+        raise ValueError(f"key_indices must be in [0, {num_keys}): they are those of another set of keys")
+    return np.unique(key_indices).astype(np.int64)
 
 
 def checked_pair(queries, keys, eps: float | int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -115,10 +129,10 @@ def checked_pair(queries, keys, eps: float | int) -> tuple[np.ndarray, np.ndarra
 
 
 def _blocks(queries, chosen, key_indices, eps, f, row_sums, size):
-    order = np.argsort(key_indices)
-    chosen, key_indices = chosen[order], key_indices[order].astype(np.int64)
     threshold = eps * (1 - EXACT) / (1 + row_sums.relative_error)
     for start, block in row_blocks(queries, size):
+        if isinstance(f, Power):  # the attention of a query is that of its multiples: none leaves float64
+            block = np.ldexp(block, -np.frexp(np.max(np.abs(block), axis=1, keepdims=True))[1])
         sums = row_sums(block)
         if not np.all(np.isfinite(sums)):
             raise ValueError(f"sum of f overflows float64 for query {start + int(np.argmin(np.isfinite(sums)))}: scale")

@@ -186,7 +186,7 @@ def diagonal_shift(head_dim: int) -> float:
 
 
 def _refined_scores(keys: Float[Array, "B S H D"]) -> tuple[Float[Array, "B H S"], Float[Array, "B H"]]:
-    """Scores by two rounds of whitening, and the smallest pivot of the second."""
+    """Scores by two rounds of whitening, and the smallest pivot of the second, 0 for a column that was left out."""
     first, _ = whitening(gram_matrix(keys))
     keys = jnp.einsum("bshd,bhed->bshe", keys.astype(jnp.float32), first, precision="highest")
     gram = gram_matrix(keys)
@@ -198,7 +198,8 @@ def _refined_scores(keys: Float[Array, "B S H D"]) -> tuple[Float[Array, "B H S"
     shift = jnp.where(counts, _SECOND_SHIFT, 1)[..., None] * jnp.eye(gram.shape[-1], dtype=jnp.float32)
     factor, inverse = linalg.inverse_cholesky(scaled + shift)
     whitened = jnp.einsum("bshd,bhed->bhse", keys, inverse * scale[..., None, :], precision="highest")
-    smallest_pivot = jnp.min(jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1)), axis=-1)
+    pivots = jnp.square(jnp.diagonal(factor, axis1=-2, axis2=-1))
+    smallest_pivot = jnp.min(jnp.where(counts, pivots, 0), axis=-1)
     return jnp.sum(jnp.square(whitened), axis=-1), smallest_pivot
 
 

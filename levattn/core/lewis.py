@@ -8,7 +8,7 @@ weights (STOC 2015, arXiv 1412.0588).
 import numpy as np
 from jaxtyping import Array, Float
 
-from levattn.core.basis import checked_matrix, orthonormal_basis
+from levattn.core.basis import at_unit_scale, checked_matrix, orthonormal_basis
 
 # A Gram matrix with a smaller Cholesky pivot is left for Householder QR.
 _SAFE_PIVOT = 1e-4
@@ -40,7 +40,7 @@ def lewis_weights(
     """
     if not 0 < p < float("inf"):
         raise ValueError(f"{p=} must be a positive number")
-    keys = checked_matrix("keys", keys)
+    keys = at_unit_scale(checked_matrix("keys", keys))
     return solve_weights(orthonormal_basis(keys).rows(keys), p, tolerance, max_iters)
 
 

@@ -26,7 +26,7 @@ import math
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from levattn.core.basis import checked_matrix, orthonormal_basis, row_blocks
+from levattn.core.basis import at_unit_scale, checked_matrix, orthonormal_basis, row_blocks
 from levattn.core.functions import AttentionFunction
 from levattn.core.lewis import solve_weights
 
@@ -77,7 +77,7 @@ def sensitivity_bounds(keys: Float[Array | np.ndarray, "S D"], f: AttentionFunct
     Cost: 3 S D^2 operations for x^2 in D^2 numbers of memory; for other powers 4 S D^2 in each of some 20 iterations
     and S D numbers; with the tensor power 3 S F^2 more, F <= 512 features; for f between two powers up to 9 times.
     """
-    keys = checked_matrix("keys", keys)
+    keys = at_unit_scale(checked_matrix("keys", keys))
     if f.growth is None:
         raise ValueError(f"{f} has no growth bound, so its sensitivities have none: use a power, Huber or Growth")
     lower, upper, constant = f.growth
