@@ -253,9 +253,10 @@ def test_bad_arguments_are_named(change, named):
         stream_universal_set(**(arguments | change))
 
 
-def test_a_second_pass_over_something_else_is_refused():
-    lengths = iter([50, 49])
-    with pytest.raises(ValueError, match="second pass gave 49 keys, the first 50"):
+@pytest.mark.parametrize("length", [0, 49, 51, 150])
+def test_a_second_pass_over_something_else_is_refused(length):
+    lengths = iter([50, length])
+    with pytest.raises(ValueError, match=f"second pass gave {length} keys, the first 50"):
         stream_universal_set(lambda: [_random(0, next(lengths), WIDTH)], WIDTH, EPS, num_passes=2, chunk_rows=CHUNK)
 
 
@@ -278,10 +279,13 @@ def test_merging_nothing_changes_nothing():
     _check(STREAM.finish(merge(STREAM, STREAM.init(), state)), keys)
 
 
-def test_bfloat16_and_float64_keys_are_taken():
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_bfloat16_and_float64_keys_are_taken(num_passes):
     keys = _random(0, 100, WIDTH)
     for given_as in (keys.astype(jnp.bfloat16), keys.astype(np.float64), keys.astype(np.float16)):
-        found = stream_universal_set(lambda given_as=given_as: [given_as], WIDTH, EPS, chunk_rows=CHUNK)
+        found = stream_universal_set(
+            lambda given_as=given_as: [given_as], WIDTH, EPS, num_passes=num_passes, chunk_rows=CHUNK
+        )
         _check(found, given_as.astype(np.float32))
 
 

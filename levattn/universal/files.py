@@ -1,9 +1,10 @@
 """Files of keys that may be larger than memory, read front to back in chunks; and files of universal sets."""
 
+import contextlib
 import dataclasses
 import json
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,16 @@ class KeyFile:
         """Of all keys."""
         return self.num_keys * self.head_dim * self.dtype.itemsize
 
-    def chunks(self, chunk_rows: int, start: int = 0, stop: int | None = None) -> Iterator[Float[np.ndarray, "C D"]]:
+    def chunks(
+        self, chunk_rows: int, start: int = 0, stop: int | None = None, wanted: Sequence[bool] | None = None
+    ) -> Iterator[Float[np.ndarray, "C D"]]:
         """The keys from `start` to `stop`, in chunks of `chunk_rows`; the last may be shorter.
+
+        Args:
+          chunk_rows: Keys in a chunk.
+          start: Where to begin.
+          stop: Where to end; None: at the end of the file.
+          wanted: Which chunks to read; None: all. Zeros that take no memory stand in for the others.
 
         Plain reads, not a memory map: pages of a map count as memory of the process, and a disk error is an exception
         here and the end of the process there.
@@ -49,8 +58,14 @@ class KeyFile:
           ValueError: The file ends early, or a record has another length than the first.
         """
         stop = self.num_keys if stop is None else stop
-        read = _read_records if self.offset is None else _read_rows
-        return read(self, chunk_rows, start, stop)
+        reader = _record_reader if self.offset is None else _row_reader
+        with reader(self) as read:
+            for number, first in enumerate(range(start, stop, chunk_rows)):
+                last = min(first + chunk_rows, stop)
+                if wanted is None or wanted[number]:
+                    yield read(first, last)
+                else:
+                    yield np.broadcast_to(np.zeros((), self.dtype), (last - first, self.head_dim))
 
 
 def open_keys(path: str | Path, *, head_dim: int | None = None, record_dtype: Any = np.float32) -> KeyFile:
@@ -150,27 +165,35 @@ def _records(path):
         raise ValueError(f"{str(path)!r} cannot be read as an ArrayRecord file ({error})") from error
 
 
-def _read_rows(file, chunk_rows, start, stop):
+@contextlib.contextmanager
+def _row_reader(file):
     row_bytes = file.head_dim * file.dtype.itemsize
     with open(file.path, "rb", buffering=0) as stream:
-        stream.seek(file.offset + start * row_bytes)
-        for first in range(start, stop, chunk_rows):
-            chunk = np.empty((min(chunk_rows, stop - first), file.head_dim), file.dtype)
+
+        def read(first, last):
+            stream.seek(file.offset + first * row_bytes)
+            chunk = np.empty((last - first, file.head_dim), file.dtype)
             unread = memoryview(chunk).cast("B")
             while unread:
                 num_read = stream.readinto(unread)
                 if not num_read:
-                    raise ValueError(f"{str(file.path)!r} ends before key {stop}: it was cut short while being read")
+                    raise ValueError(f"{str(file.path)!r} ends before key {last}: it was cut short while being read")
                 unread = unread[num_read:]
-            yield chunk
+            return chunk
+
+        yield read
 
 
-def _read_records(file, chunk_rows, start, stop):
+@contextlib.contextmanager
+def _record_reader(file):
     records = _records(file.path)
     row_bytes = file.head_dim * file.dtype.itemsize
-    for first in range(start, stop, chunk_rows):
-        rows = records.__getitems__(range(first, min(first + chunk_rows, stop)))
+
+    def read(first, last):
+        rows = records.__getitems__(range(first, last))
         for place, row in enumerate(rows, first):
             if len(row) != row_bytes:
                 raise ValueError(f"{str(file.path)!r}: record {place} has {len(row)} bytes, the first {row_bytes}")
-        yield np.frombuffer(b"".join(rows), file.dtype).reshape(-1, file.head_dim)
+        return np.frombuffer(b"".join(rows), file.dtype).reshape(-1, file.head_dim)
+
+    yield read

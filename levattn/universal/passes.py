@@ -5,7 +5,7 @@ import functools
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from threadpoolctl import threadpool_limits
 
 from levattn.universal import counts
+from levattn.universal.backlog import Backlog
 from levattn.universal.files import KeyFile
 from levattn.universal.merge_reduce import LewisStream, check_stream
 from levattn.universal.running_gram import add_keys, init_gram, merge_grams
@@ -36,11 +38,12 @@ class Part(NamedTuple):
 
     Attributes:
       start: Position of the first.
-      open_chunks: Starts a pass over them: gives them in order, in arrays of any number of rows.
+      open_chunks: Starts a pass over them: gives them in order, in arrays of any number of rows. Told which of the
+        chunks of the last pass matter now (None: all): what it gives in place of others is not looked at.
     """
 
     start: int
-    open_chunks: Callable[[], Chunks]
+    open_chunks: Callable[[Sequence[bool] | None], Chunks]
 
 
 def file_universal_set(
@@ -96,7 +99,8 @@ def stream_universal_set(
       eps: The threshold, in (0, 1].
       p: The power. 2 runs on JAX's default device and is by far the fastest; others on the host.
       num_passes: 1: keys that may yet be in the set wait, at most 2 D / eps of them for p = 2. 2: none waits, and no
-        sum of bounds is larger than that of the final ones.
+        sum of bounds is larger than that of the final ones. For p = 2 the second pass looks only at chunks in which the
+        first could not rule out a key of the set, and of a file reads only these.
       chunk_rows: Keys that are worked on at a time.
       dtype: Of the work for p = 2; float64, for ill-conditioned keys, needs `jax_enable_x64`.
       on_chunk: Told the pass (from 1) and the number of keys read in it, after each chunk.
@@ -108,7 +112,7 @@ def stream_universal_set(
       ValueError: For an argument out of range, a chunk of another width, no keys at all, keys that are not finite, or a
         second pass that differs in length from the first.
     """
-    return _run([Part(0, open_chunks)], head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk)
+    return _run([Part(0, lambda wanted: open_chunks())], head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk)
 
 
 def _run(parts, head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk):
@@ -119,8 +123,8 @@ def _run(parts, head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk):
         raise ValueError(f"{chunk_rows=} must be at least 1")
     lock, num_read = threading.Lock(), [0, 0, 0]
 
-    def chunks(part, number):
-        with contextlib.closing(prefetched(fixed_chunks(part.open_chunks(), chunk_rows, head_dim))) as ready:
+    def chunks(part, number, wanted=None):
+        with contextlib.closing(prefetched(fixed_chunks(part.open_chunks(wanted), chunk_rows, head_dim))) as ready:
             for keys, num_valid in ready:
                 yield keys, num_valid
                 with lock:
@@ -128,14 +132,16 @@ def _run(parts, head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk):
                     if on_chunk is not None:
                         on_chunk(number, num_read[number])
 
-    def each(work):
-        """`work` on every part, at the same time."""
+    def each(work, *arguments):
+        """`work` on every part and what goes with it, at the same time."""
         with ThreadPoolExecutor(len(parts)) as pool:
-            return list(pool.map(work, parts))
+            return list(pool.map(work, parts, *arguments))
 
     if p == 2:
         find = _one_pass if num_passes == 1 else _two_passes
-        return find(each, chunks, OnePassStream(head_dim, eps, dtype=jnp.dtype(dtype)))
+        # Threads of BLAS would wait for each other, on matrices as small as these longer than they work.
+        with threadpool_limits(1, "blas"):
+            return find(each, chunks, OnePassStream(head_dim, eps, dtype=jnp.dtype(dtype)))
     find = _one_lewis_pass if num_passes == 1 else _two_lewis_passes
     return find(each, chunks, LewisStream(head_dim, eps, float(p)))
 
@@ -203,37 +209,52 @@ def _update(stream, state, keys, num_valid):
     return stream.update(state, keys, num_valid)
 
 
+@partial(jax.jit, static_argnums=0)
+def _merge(stream, first, second):
+    return stream.merge(first, second)
+
+
 def _one_pass(each, chunks, stream):
     def work(part):
         state = stream.init(part.start)
+        backlog = Backlog(state.gram, stream.floor)
         for number, (keys, num_valid) in enumerate(chunks(part, 1)):
-            state = _update(stream, state, keys, num_valid)
+            if not backlog.takes(keys[:num_valid]):
+                state = _update(stream, state._replace(gram=backlog.settle(state.gram)), keys, num_valid)
+                backlog = Backlog(state.gram, stream.floor)
             if number % _CHECK_EVERY == 0 and int(state.gram.num_bad):
                 break
-        return state
+        return state._replace(gram=backlog.settle(state.gram))
 
-    return stream.finish(functools.reduce(jax.jit(stream.merge), each(work)))
+    return stream.finish(functools.reduce(partial(_merge, stream), each(work)))
 
 
-@partial(jax.jit, donate_argnums=0)
-def _add(gram, keys, num_valid):
-    return add_keys(gram, keys, num_valid, floor=float("inf"))[0]
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _add(stream, gram, keys, num_valid):
+    gram, scores = add_keys(gram, keys, num_valid, floor=stream.floor)
+    return gram, jnp.any(scores >= stream.floor)
 
 
 def _two_passes(each, chunks, stream):
     def work(part):
-        gram = init_gram(stream.head_dim, stream.dtype)
+        gram, wanted = init_gram(stream.head_dim, stream.dtype), []
+        backlog = Backlog(gram, stream.floor)
         for number, (keys, num_valid) in enumerate(chunks(part, 1)):
-            gram = _add(gram, keys, num_valid)
+            may_matter = False
+            if not backlog.takes(keys[:num_valid]):
+                gram, may_matter = _add(stream, backlog.settle(gram), keys, num_valid)
+                backlog = Backlog(gram, stream.floor)
+            wanted.append(bool(may_matter))
             if number % _CHECK_EVERY == 0 and int(gram.num_bad):
                 break
         if int(gram.num_bad):
             finish_gram(gram, part.start)  # says where
-        return gram
+        return backlog.settle(gram), wanted
 
-    gram = finish_gram(functools.reduce(jax.jit(merge_grams), each(work)))
+    grams, wanted = zip(*each(work), strict=True)
+    gram = finish_gram(functools.reduce(jax.jit(merge_grams), grams))
     num_keys = counts.to_int(gram.num_keys)
-    found, _ = _second_pass(each, chunks, lambda keys: np.asarray(score_bounds(gram, keys)), stream.eps, num_keys)
+    found, _ = _second_pass(each, chunks, lambda keys: np.asarray(score_bounds(gram, keys)), stream, num_keys, wanted)
     return select(gram, *found, stream.eps)
 
 
@@ -261,30 +282,35 @@ def _two_lewis_passes(each, chunks, stream):
     state = functools.reduce(stream.merge, each(work))
     check_stream(state)
     form = stream.form(state)
-    found, total = _second_pass(each, chunks, lambda keys: stream.bounds(form, keys), stream.eps, state.num_keys)
+    found, total = _second_pass(each, chunks, lambda keys: stream.bounds(form, keys), stream, state.num_keys)
     positions, bounds, keys = found
     return stream.select(
         state._replace(positions=positions, bounds=bounds, keys=keys, dropped=total - float(np.sum(bounds)))
     )
 
 
-def _second_pass(each, chunks, bounds_fn, eps, num_keys):
-    """Positions, bounds and keys of those that pass; and the sum of all bounds."""
+def _second_pass(each, chunks, bounds_fn, stream, num_keys, *wanted):
+    """Positions, bounds and keys of those that pass; and the sum of all bounds that were looked at.
 
-    def work(part):
+    `wanted`, if given, says for each part which of its chunks may hold a key that passes.
+    """
+
+    def work(part, wanted=None):
         found, total, first = [], 0.0, part.start
-        for keys, num_valid in chunks(part, 2):
-            bounds = bounds_fn(keys)[:num_valid]
-            chosen = np.flatnonzero(passes(bounds, eps))
-            found.append((first + chosen, bounds[chosen], keys[chosen]))
-            total += float(np.sum(bounds, dtype=np.float64))
+        for number, (keys, num_valid) in enumerate(chunks(part, 2, wanted)):
+            if wanted is None or any(wanted[number : number + 1]):
+                bounds = bounds_fn(keys)[:num_valid]
+                chosen = np.flatnonzero(passes(bounds, stream.eps))
+                found.append((first + chosen, bounds[chosen], keys[chosen]))
+                total += float(np.sum(bounds, dtype=np.float64))
             first += num_valid
         return found, total, first - part.start
 
-    found, totals, lengths = zip(*each(work), strict=True)
+    found, totals, lengths = zip(*each(work, *wanted), strict=True)
     if sum(lengths) != num_keys:
         raise ValueError(
             f"the second pass gave {sum(lengths)} keys, the first {num_keys}: open_chunks must start afresh"
         )
-    columns = zip(*itertools.chain.from_iterable(found), strict=True)
+    nothing = np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, stream.head_dim), np.float32)
+    columns = zip(nothing, *itertools.chain.from_iterable(found), strict=True)
     return tuple(np.concatenate(column) for column in columns), sum(totals)

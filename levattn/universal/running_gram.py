@@ -31,7 +31,7 @@ from levattn.universal import counts
 
 # A chunk that adds more than this to a whitened Gram matrix, which is at least the identity, calls for a refresh: its
 # rounding would be seen beside what was there before.
-_LARGEST_GROWTH = 16.0
+LARGEST_GROWTH = 16.0
 # Up to this condition number the square of it, times that growth and the rounding of products, is within `slack`.
 _MILD_CONDITION = 16.0
 
@@ -148,7 +148,7 @@ def add_keys(
     num_keys = counts.add_small(gram.num_keys, num_valid)
 
     doubled = counts.at_least(num_keys, counts.add(gram.refreshed_at, gram.refreshed_at))
-    news = jnp.any(jnp.isinf(scores)) | ~(jnp.max(jnp.diagonal(added)) <= _LARGEST_GROWTH)
+    news = jnp.any(jnp.isinf(scores)) | ~(jnp.max(jnp.diagonal(added)) <= LARGEST_GROWTH)
     stale = doubled if refresh_if is None else doubled | refresh_if(scores)
 
     def summed():
@@ -173,6 +173,20 @@ def add_keys(
         num_bad=gram.num_bad + jnp.sum(is_bad, dtype=jnp.int32),
         first_bad=jnp.where((gram.num_bad == 0) & jnp.any(is_bad), bad_at, gram.first_bad),
     ), jnp.where(is_row, scores, 0)
+
+
+@jax.jit
+def add_summed(gram: RunningGram, added: Float[Array | np.ndarray, "D D"], num_keys: UInt[Array, "2"]) -> RunningGram:
+    """Adds keys of which only the Gram matrix is known: `levattn.universal.backlog` says when that is enough.
+
+    Args:
+      gram: Keys so far.
+      added: The Gram matrix of the keys to add, whitened by `gram.whiten`.
+      num_keys: Their number.
+    """
+    high, low = _two_sum(gram.gram, added)
+    num_keys = counts.add(gram.num_keys, num_keys)
+    return gram._replace(gram=high, gram_low=gram.gram_low + low, num_keys=num_keys)
 
 
 def merge_grams(first: RunningGram, second: RunningGram) -> RunningGram:
@@ -230,7 +244,8 @@ def _measure(gram, keys):
 
 def _measure_mild(gram, keys, floor):
     """The same for well-conditioned keys: whitens their Gram matrix in place of them, and scores them if need be."""
-    added = jnp.matmul(gram.whiten.T @ _block_gram(keys), gram.whiten, precision="highest")
+    added = jnp.matmul(gram.whiten.T, _block_gram(keys), precision="highest")
+    added = jnp.matmul(added, gram.whiten, precision="highest")
     bounds = jnp.sum(jnp.square(keys * gram.norm_weights), axis=1)
     return added, jax.lax.cond(
         jnp.any(bounds >= floor), lambda: _scores(gram, _whitened(gram, keys), keys), lambda: bounds

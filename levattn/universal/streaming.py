@@ -80,6 +80,11 @@ class OnePassStream:
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"capacity={self.capacity} must be at least 1: None takes 2 D / eps")
 
+    @property
+    def floor(self) -> float:
+        """A computed score below this is below eps, whatever the rounding."""
+        return self.eps * (1 - slack(self.dtype))
+
     def init(self, start: int = 0) -> OnePassState:
         """No keys yet.
 
@@ -122,7 +127,7 @@ class OnePassStream:
             state.gram,
             keys,
             num_valid,
-            floor=self.eps * (1 - slack(self.dtype)),
+            floor=self.floor,
             refresh_if=lambda s: state.num_kept + jnp.sum(self._may_stay(s)) > capacity,
         )
         kept = jax.lax.cond(
@@ -174,7 +179,7 @@ class OnePassStream:
         return select(gram, (pairs[:, 0] << 32) + pairs[:, 1], scores, keys, self.eps)
 
     def _may_stay(self, scores):
-        return scores >= self.eps * (1 - slack(self.dtype))
+        return scores >= self.floor
 
     def _sift(self, gram, keys, positions, is_there, capacity):
         """Scores waiting keys anew and moves those that stay to the front."""
