@@ -16,7 +16,8 @@ from levattn.training.config import EvalConfig, from_config_dict
 # Each flag is a field of `EvalConfig` and goes before what the config file says of it.
 CONFIG = config_flags.DEFINE_config_file("config", None, "Of a probe.", lock_config=False, accept_new_attributes=True)
 FLAGS = [
-    flags.DEFINE_string("checkpoint", None, "Workdir of a run, an exported file, or a published checkpoint."),
+    flags.DEFINE_string("checkpoint", None, "Workdir of a run, an exported file, a published checkpoint; owner/name."),
+    flags.DEFINE_string("arch", None, "Published model that tells heads, activation, input: vit_base_patch16_224, ..."),
     flags.DEFINE_list("attention", [], "Methods to put into all layers. None: as the model was trained."),
     flags.DEFINE_list("k", [], "Numbers of keys for each method; None: as many as eps can keep. 32 without eps."),
     flags.DEFINE_multi_string("option", [], "name=value for a field of AttentionSpec; may be repeated."),

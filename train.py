@@ -18,6 +18,7 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=False, accept_new
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; one that holds a checkpoint is gone on with.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Open the data, print the estimate, and stop.")
 PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
+ALLOW_CHANGED = flags.DEFINE_list("allow_changed", [], "Config fields that may differ from the checkpoint's: seed,data")
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the other processes of the cluster.")
 COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where there is no cluster.")
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.")
@@ -38,7 +39,8 @@ def main() -> None:
     config = from_config_dict(TrainConfig, CONFIG.value)
     if DISTRIBUTED.value or COORDINATOR.value:
         jax.distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
-    train(config, WORKDIR.value, dry_run=DRY_RUN.value, profile=PROFILE.value)
+    options = {"dry_run": DRY_RUN.value, "profile": PROFILE.value, "allow_changed": ALLOW_CHANGED.value}
+    train(config, WORKDIR.value, **options)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Small checkpoints in true formats, made without the libraries that publish such files."""
 
+import pickle
 import struct
 import zipfile
 
@@ -18,11 +19,13 @@ def random_params(model: ModelConfig, image_size: int, channels: int = 3, seed: 
     return {name: rng.normal(0.5, 0.2, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def save_torch(path, arrays, *, wrapped_in=(), pickled=None, byteorder="little"):
+def save_torch(path, arrays, *, wrapped_in=(), beside=None, pickled=None, byteorder="little"):
     """A file as `torch.save` writes a state dict, opcode by opcode; `wrapped_in` are the names of dicts around it.
 
-    Arrays may be of any strides and share memory with nothing. `pickled` goes in place of the pickle.
+    Arrays may be of any strides and share memory with nothing. `beside` are further entries of those dicts. `pickled`
+    goes in place of the pickle.
     """
+    others = b"".join(_text(name) + pickle.dumps(value, 2)[2:-1] for name, value in (beside or {}).items())
     storages = []
     state = b"}("
     for name, array in arrays.items():
@@ -30,7 +33,7 @@ def save_torch(path, arrays, *, wrapped_in=(), pickled=None, byteorder="little")
         state += _text(name) + _tensor(len(storages) - 1, array)
     state += b"u"
     for name in reversed(wrapped_in):
-        state = b"}(" + _text("epoch") + _int(3) + _text(name) + state + b"u"
+        state = b"}(" + _text("epoch") + _int(3) + _text(name) + state + others + b"u"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled or b"\x80\x02" + state + b".")
         archive.writestr("archive/byteorder", byteorder)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import io
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from levattn.data import DataConfig, eval_batches, open_source, train_batches
+from levattn.data import DataConfig, ImageError, eval_batches, open_source, train_batches
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -146,3 +147,18 @@ def test_imagenet_v2_keeps_the_numeric_class_of_its_folders(tmp_path, data_dir):
     source = open_source(DataConfig(source="tfds:imagenet_v2"), "test")
     assert {source[i]["label"]: source[i]["image"] for i in range(3)} == {label: jpeg(label) for label in (0, 7, 999)}
     assert "tensorflow" not in sys.modules
+
+
+def test_a_damaged_record_is_found_by_its_checksum_and_named(tiny_photos, data_dir):
+    (file,) = data_dir.rglob("*train.array_record*")
+    data = bytearray(file.read_bytes())
+    data[data.index(jpeg(3)[-50:]) + 20] ^= 1
+    file.write_bytes(data)
+    source, damaged = open_source(tiny_photos, "train"), []
+    for index in range(len(source)):
+        try:
+            source[index]
+        except ImageError as error:
+            damaged.append(str(error))
+    assert damaged
+    assert re.fullmatch(r"tfds:tiny_photos train record \d+: .*orrupt.*; prepare the set again", damaged[0])

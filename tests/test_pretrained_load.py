@@ -84,12 +84,15 @@ def test_what_no_tensor_tells_comes_from_the_config_beside_the_file(tmp_path):
         ("deit_tiny_patch16_224-a1311bcf", IMAGENET),
         ("mae_pretrain_vit_base", IMAGENET),
         ("vit_base_patch16_224.mae", IMAGENET),
-        ("vit_base_patch16_224_miil.in21k", {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear"}),
+        (
+            "vit_base_patch16_224_miil.in21k",
+            {"mean": (0.0,) * 3, "std": (1.0,) * 3, "interpolation": "bilinear", "resize": 18},
+        ),
     ],
 )
 def test_and_else_from_the_name(tmp_path, name, expected):
     preprocess = read_pretrained(save_timm(tmp_path / f"{name}.safetensors")).preprocess
-    assert preprocess == Preprocess(SIZE, 17, **expected)
+    assert preprocess == Preprocess(**({"image_size": SIZE, "resize": 17} | expected))
 
 
 def test_everything_that_does_not_fit_is_told_in_one_error(tmp_path):

@@ -1,6 +1,7 @@
 """Models of timm with random weights, saved as timm saves them and read from the file, give timm's outputs."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -127,6 +128,26 @@ def test_features_of_registers_and_a_class_token(timm, tmp_path):
     assert_same_outputs(pretrained, model)
 
 
+def test_what_timms_trainer_saves_is_read_with_what_it_says_beside_the_weights(timm, tmp_path):
+    """The average of the weights, the options of the model and the name, from a file whose own name tells nothing."""
+    import argparse
+
+    import torch
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    model = make_model(timm, "deit_tiny_patch16_224", num_heads=6, num_classes=10)
+    average = ModelEmaV3(model)
+    args = argparse.Namespace(model="deit_tiny_patch16_224", model_kwargs={"num_heads": 6}, mean=None, opt_betas=[0.9])
+    folders = {"checkpoint_dir": str(tmp_path), "recovery_dir": str(tmp_path)}
+    saver = CheckpointSaver(model, torch.optim.AdamW(model.parameters()), args=args, model_ema=average, **folders)
+    saver.save_checkpoint(0, 1.0)
+    pretrained = read_pretrained(tmp_path / "model_best.pth.tar")
+    assert (pretrained.guessed, pretrained.model.dims.num_heads) == ((), 6)
+    assert np.allclose(pretrained.preprocess.mean, model.pretrained_cfg["mean"])
+    assert "state_dict_ema are read" in pretrained.notes[0]
+    assert_same_outputs(pretrained, average.module.eval())
+
+
 @pytest.mark.parametrize("size", [160, 384])
 def test_another_image_size_is_that_of_timm_after_its_own_resize(timm, tmp_path, size):
     """Down as well as up: the antialiased filter widens when the grid shrinks."""
@@ -214,9 +235,12 @@ def test_published_models_are_normalised_as_timm_says_by_their_names_alone(timm,
     wrong = []
     for name, cfg in _model_pretrained_cfgs.items():
         refused = any(kind in name for kind in ("aimv2", "radio", "beit3"))
-        if cfg.architecture not in names or refused or "." not in name:
+        if cfg.architecture not in names or refused or "." not in name or name.endswith(".untrained"):
             continue
-        found = _preprocess(224, {}, Content(tmp_path / f"{name}.pth", {}, {}).name)
+        size = cfg.input_size[-1]
+        found = _preprocess(size, {}, Content(tmp_path / f"{name}.pth", {}, {}).name)
+        if found.resize != max(size, math.floor(size / cfg.crop_pct)):
+            wrong.append(f"{name}: {found.resize}, timm {size} of {size / cfg.crop_pct}")
         if not (np.allclose(found.mean, cfg.mean) and np.allclose(found.std, cfg.std)):
             wrong.append(f"{name}: {found.mean}, timm {cfg.mean}")
         if found.interpolation != cfg.interpolation:

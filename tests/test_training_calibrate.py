@@ -83,6 +83,7 @@ def test_budgets_by_head_keep_the_mean_and_are_never_worse_than_an_equal_share(b
         assert {*(spec.k_per_head or (spec.k,))} <= {*CANDIDATES, SPEC.k}
         assert (spec.method, spec.keep_prefix) == ("leverage", 1)
     assert by_head.objective <= 1
+    assert by_head.num_images == sum(map(len, setup[1]))
     assert by_head.cosine >= by_head.uniform_cosine
     measured = layer_errors(MODEL, *setup, [by_head.attention, SPEC])
     np.testing.assert_allclose(np.sqrt(measured), [by_head.error, by_head.uniform_error], rtol=1e-5)

@@ -162,9 +162,15 @@ def test_a_checkpoint_says_which_run_saved_it_and_how_far_it_had_come(stopped_ru
     [
         ({"total_steps": 3}, ["step 4", "past total_steps=3: set a larger total_steps", "use another workdir"]),
         ({"total_steps": None, "total_epochs": 0.05}, ["past total_steps=1"]),
-        ({"seed": 1, "batch_size": 32}, ["seed: 0 -> 1", "batch_size: 64 -> 32", "another workdir", "init_from"]),
+        (
+            {"seed": 1, "batch_size": 32},
+            ["seed: 0 -> 1", "batch_size: 64 -> 32", "another workdir", "init_from", "--allow_changed=seed,batch_size"],
+        ),
         ({"data": {"flip": True, "num_workers": 1}, "log_every_steps": 2}, ["data.flip: False -> True"]),
-        ({"model": {"width": 64}}, ["model.width: 32 -> 64"]),
+        (
+            {"model": {"width": 64}},
+            ["model.width: 32 -> 64", "head/kernel is float32[32, 10] in the checkpoint, float32[64, 10] in the state"],
+        ),
         ({"model": {"attention": {"method": "leverage", "k": 8}}}, ["model.attention.method: dense -> leverage"]),
         ({"optimizer": {"name": "sgd"}}, ["does not fit the state to be restored"]),
     ],
@@ -179,6 +185,34 @@ def test_going_on_as_another_run_is_refused_and_leaves_the_workdir_as_it_was(sto
     assert "num_workers" not in str(error.value)
     assert "log_every_steps" not in str(error.value)
     assert contents(workdir) == before
+
+
+def test_no_permission_lets_a_run_go_on_with_arrays_of_other_shapes(stopped_run):
+    _, workdir = stopped_run
+    before = contents(workdir)
+    config = make_config(total_steps=4, checkpoint={"metric": "loss"}, model={"width": 64})
+    with pytest.raises(ValueError, match=r"does not fit(?s:.*)embedding/kernel is float32\[2, 2, 1, 32\]"):
+        train(config, workdir, allow_changed=("model",))
+    assert contents(workdir) == before
+
+
+@pytest.mark.parametrize("allowed", [("seed", "batch_size", "data"), ("seed", "batch_size", "data.flip")])
+def test_what_is_allowed_by_name_may_change_and_is_shown(stopped_run, tmp_path, capsys, allowed):
+    _, workdir = stopped_run
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    changes = {"seed": 1, "batch_size": 32, "data": {"flip": True}}
+    changed = make_config(total_steps=4, checkpoint={"metric": "loss"}, **changes)
+    with pytest.raises(ValueError, match=r"--allow_changed=seed,data\.flip,batch_size$"):
+        train(changed, tmp_path, allow_changed=("seed",))
+    train(changed, tmp_path, allow_changed=allowed)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "going on" in line)
+    assert all(text in line for text in ("seed: 0 -> 1", "batch_size: 64 -> 32", "data.flip: False -> True"))
+
+
+def test_a_permission_for_a_field_that_does_not_exist_is_refused_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match=r"allow_changed='batchsize' must be .* did you mean 'batch_size'"):
+        train(make_config(), tmp_path / "run", allow_changed=("batchsize",))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_may_change_is_shown_and_recorded_and_the_run_goes_on(stopped_run, tmp_path, capsys):
@@ -303,7 +337,7 @@ def test_a_killed_run_goes_on_to_the_parameters_of_one_that_was_left_alone(tmp_p
         ("--process_id=0", "need --coordinator_address=HOST:PORT"),
         ("--config.model.num_class=10", "model.num_class: there is no such field; did you mean 'model.num_classes'?"),
         ("--config.data.source=folder:/nowhere", "/nowhere"),
-        ("--config.optimizr.name=sgd", 'Did you mean "optimizer"'),
+        ("--config.optimizr.name=sgd", "did you mean 'optimizer.name'?"),
         ("--config.model.variant=Ti/3", "image size 8x8 must be a multiple of the patch size 3"),
     ],
 )

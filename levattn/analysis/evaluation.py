@@ -35,18 +35,19 @@ def run_evaluation(config: EvalConfig) -> None:
       OSError: The model, the data or the budgets are missing, or the folder for the results cannot be written.
       ValueError: Something does not fit something else; the message says what.
     """
-    checkpoint = Path(config.checkpoint)
-    out = Path(config.out or (checkpoint if checkpoint.is_dir() else checkpoint.parent))
     trained = load_model(
         config.checkpoint,
         config.source,
         config.split,
         image_size=config.image_size,
         allow_zero_head=config.probe is not None,
+        arch=config.arch,
     )
+    out = _folder_for_results(config, trained)
     data = trained.config.data
     source = open_source(data, data.eval_split)
     attentions = chosen_attentions(config, trained)
+    print(describe_model(trained))
     print(f"{trained.name}: {len(source)} images of {source.name}, split {source.split}", flush=True)
     prepare_workdir(out, flag="out")  # before the work that would be lost
     if config.calibrate is not None:
@@ -65,6 +66,37 @@ def run_evaluation(config: EvalConfig) -> None:
         rows = [row | {"model": trained.name} for row in rows]
         print_table(rows)
         write_results(rows, out)
+
+
+def describe_model(trained: LoadedModel) -> str:
+    """What a model was taken to be, for people: how much of it is a guess, and what was chosen."""
+    model, data, dims = trained.config.model, trained.config.data, trained.config.model.dims
+    marks = dict.fromkeys(trained.guessed, " (a guess)")
+    mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (data.mean, data.std))
+    size = "its own size" if data.image_size is None else f"{data.image_size} x {data.image_size} pixels"
+    lines = [
+        f"{trained.name}: {model.variant}, {dims.depth} blocks, width {dims.width}, {dims.num_heads} heads"
+        f"{marks.get('heads', '')}, {model.activation}{marks.get('activation', '')}, output: "
+        f"{trained.head or 'features'}{marks.get('head', '')}",
+        f"{trained.name}: images at {size}, cut from a short side of {data.eval_resize or data.image_size or 'that'}, "
+        f"{data.interpolation}{marks.get('resize', '')}, mean {mean}, std {std}{marks.get('mean and std', '')}",
+        *(f"{trained.name}: {note}" for note in trained.notes),
+    ]
+    if marks:
+        lines.append(
+            f"{trained.name}: no config and no published name tells what is a guess: keep its config.json beside the "
+            "file, or (timm, transformers ViT, open_clip) name what it was trained as: --arch=deit_small_patch16_224"
+        )
+    return "\n".join(lines)
+
+
+def _folder_for_results(config: EvalConfig, trained: LoadedModel) -> Path:
+    if config.out:
+        return Path(config.out)
+    checkpoint = Path(config.checkpoint).expanduser()
+    if not checkpoint.exists():  # a repository in a cache, where nothing else is to be put
+        return Path("runs") / trained.name
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
 def chosen_attentions(config: EvalConfig, trained: LoadedModel) -> list[Attention]:
@@ -120,7 +152,11 @@ def _calibrate(config: EvalConfig, trained: LoadedModel, spec: Attention, source
     }
     each = "layer and head" if config.calibrate_heads else "layer"
     print_by_layer(f"{spec.method}, k by {each}: {np.mean(budgets.k):g} on average", columns)
+    asked = "" if budgets.num_images == config.calibrate else f", all there are: {config.calibrate} were asked for"
+    print(f"calibrated on {budgets.num_images} images{asked}")
     uniform = f"{budgets.uniform_cosine:.4f} with k={spec.k} in every layer"
     print(f"cosine of the embedding to dense attention: {budgets.cosine:.4f}; {uniform}")
+    if all(layer == spec for layer in budgets.attention):
+        print(f"no other choice came nearer to dense attention: k={spec.k} is kept in every layer")
     write_budgets(out / BUDGETS_FILE, budgets)
     print(f"written to {out / BUDGETS_FILE}: evaluate it with --budgets")

@@ -1,5 +1,6 @@
 """Images in, batches out. Stands alone: imports no other part of this package, and neither TensorFlow nor torch."""
 
+from levattn.data.batches import Batches
 from levattn.data.config import DataConfig
 from levattn.data.decode import decode_image
 from levattn.data.errors import ImageError
@@ -8,6 +9,7 @@ from levattn.data.pipeline import eval_batches, output_shape, train_batches
 from levattn.data.sources import Source, open_source
 
 __all__ = [
+    "Batches",
     "DataConfig",
     "ImageError",
     "Source",

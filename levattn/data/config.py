@@ -31,6 +31,8 @@ class DataConfig:
       randaugment_magnitude: strength of each operation, from 0 to 10.
       eval_resize: short side in pixels before the centre crop; None means `image_size`, which cuts the long side only.
       interpolation: antialiased filter of the evaluation resize, "bicubic" or "bilinear".
+      max_damaged: share of the training images that may turn out to be damaged. Each is logged and left out of the
+        loss; one more and the run stops. Evaluation takes none.
       num_workers: processes that load training and evaluation batches; 0 uses threads of this process.
         The stream of batches does not depend on it.
 
@@ -52,6 +54,7 @@ class DataConfig:
     randaugment_magnitude: int = 10
     eval_resize: int | None = None
     interpolation: str = "bicubic"
+    max_damaged: float = 0.001
     num_workers: int = 0
 
     def __post_init__(self) -> None:
@@ -68,17 +71,21 @@ class DataConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{field}={value} must be a number of pixels, at least 1, or None")
         if self.eval_resize is not None and self.image_size is None:
-            raise ValueError(f"{self.eval_resize=} needs image_size, the side of the crop that follows it")
+            raise ValueError(f"eval_resize={self.eval_resize!r} needs image_size, the side of the crop that follows it")
         if self.eval_resize is not None and self.eval_resize < self.image_size:
-            raise ValueError(f"{self.eval_resize=} must be at least {self.image_size=}, which is cropped from it")
+            raise ValueError(
+                f"eval_resize={self.eval_resize} must be at least image_size={self.image_size}, cut from it"
+            )
         if len(self.mean) == 0 or len(self.mean) != len(self.std):
-            raise ValueError(f"{self.mean=} and {self.std=} need the same length: one value, or one a channel")
+            raise ValueError(f"mean={self.mean} and std={self.std} need the same length: one value, or one a channel")
         if min(self.std) <= 0:
-            raise ValueError(f"{self.std=} must be positive: pixels are divided by it")
+            raise ValueError(f"std={self.std!r} must be positive: pixels are divided by it")
         if not 0 < self.crop_area_min <= 1:
-            raise ValueError(f"{self.crop_area_min=} must be a fraction of the image's area in (0, 1]")
+            raise ValueError(f"crop_area_min={self.crop_area_min!r} must be a fraction of the image's area in (0, 1]")
+        if not 0 <= self.max_damaged < 1:
+            raise ValueError(f"max_damaged={self.max_damaged!r} must be a share of the training images in [0, 1)")
         for field in ("crop_padding", "randaugment_layers", "num_workers"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative")
         if not 0 <= self.randaugment_magnitude <= 10:
-            raise ValueError(f"{self.randaugment_magnitude=} must be in [0, 10]")
+            raise ValueError(f"randaugment_magnitude={self.randaugment_magnitude!r} must be in [0, 10]")

@@ -1,6 +1,7 @@
 """Sources to batches. grain orders the examples; the loaders here turn a batch of positions into arrays.
 
 Batches hold `image` (uint8, `b h w c`), `label` (int32, `b`) and `index` (int64, `b`, the position in the source).
+Where a row may not count (a damaged image in training, padding in evaluation) there is `mask` (float32, `b`), too.
 """
 
 import os
@@ -11,8 +12,8 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float64, Int64
 
+from levattn.data.batches import Batches, load_example
 from levattn.data.config import DataConfig
-from levattn.data.decode import decode_image
 from levattn.data.errors import ImageError
 from levattn.data.randaugment import randaugment
 from levattn.data.sources import Source
@@ -46,7 +47,7 @@ def train_batches(
     start_step: int = 0,
     shard_index: int = 0,
     num_shards: int = 1,
-) -> grain.DatasetIterator:
+) -> Batches:
     """An endless stream of augmented batches, the same for every number of workers.
 
     Position p of the stream holds an example that depends on (seed, p), augmented by random numbers that depend on
@@ -54,9 +55,13 @@ def train_batches(
     of n takes the i-th block of them: a run resumes from its step alone, on any number of shards, and its batches put
     together are in the same order on any.
 
+    An image that cannot be read is skipped and never replaced: its row is zeros with `mask` 0 (float32, `b`; 1
+    elsewhere), to be left out of the loss, and `Batches` logs and counts it. Sources in memory have nothing to decode
+    and no `mask`.
+
     Args:
       source: the images.
-      config: crop, augmentation and workers.
+      config: crop, augmentation, workers and the share of images that may be damaged.
       global_batch_size: examples in a step, over all shards.
       seed: at least 0, below 2**63.
       start_step: the first step to yield.
@@ -69,7 +74,8 @@ def train_batches(
 
     Raises:
       ValueError: for arguments out of range.
-      ImageError: while iterating, naming the file that cannot be decoded.
+      ImageError: while iterating, when more than `config.max_damaged` of the images are damaged, naming them.
+      ChildProcessError: while iterating, when a worker process died.
     """
     _check_shards(shard_index, num_shards)
     if global_batch_size < 1 or global_batch_size % num_shards:
@@ -92,7 +98,7 @@ def train_batches(
 
 def eval_batches(
     source: Source, config: DataConfig, *, batch_size: int, shard_index: int = 0, num_shards: int = 1
-) -> grain.DatasetIterator:
+) -> Batches:
     """Every example once, in order, in batches of one shape.
 
     Rows past the last example have `mask` 0 (float32, `b`; 1 elsewhere), `index` -1 and zeros for the rest. Every
@@ -110,7 +116,9 @@ def eval_batches(
 
     Raises:
       ValueError: for arguments out of range.
-      ImageError: while iterating, naming the file that cannot be decoded.
+      ImageError: while iterating, naming the first file that cannot be decoded: a score over the others would be one
+        of another data set.
+      ChildProcessError: while iterating, when a worker process died.
     """
     _check_shards(shard_index, num_shards)
     if batch_size < 1:
@@ -134,9 +142,14 @@ class _TrainLoader:
         config = self.config
         batch = _empty_batch(len(rows), self.shape)
         batch["index"][:] = rows[:, 1]
+        if not self.source.in_memory:
+            batch["mask"] = np.ones(len(rows), np.float32)
         for row, (position, index) in enumerate(rows.tolist()):
-            image, batch["label"][row] = _load(self.source, index)
-            batch["image"][row] = self._crop_and_augment(image, position)
+            try:
+                image, batch["label"][row] = load_example(self.source, index)
+                batch["image"][row] = self._crop_and_augment(image, position)
+            except ImageError:
+                batch["mask"][row] = 0
         # Cheap transforms are drawn for the whole batch: a generator for each small image would cost more than they do.
         draws = _position_draws(self.seed, rows[:, 0])
         if config.crop == "pad":
@@ -176,7 +189,7 @@ class _EvalLoader:
         batch["mask"] = (positions < len(self.source)).astype(np.float32)
         for row, index in enumerate(batch["index"].tolist()):
             if index >= 0:
-                image, batch["label"][row] = _load(self.source, index)
+                image, batch["label"][row] = load_example(self.source, index)
                 batch["image"][row] = _centre(image, self.shape[0], self.config)
         return batch
 
@@ -217,22 +230,15 @@ def _empty_batch(num_rows: int, shape: tuple[int, int, int]) -> dict[str, np.nda
     }
 
 
-def _load(source: Source, index: int) -> tuple[np.ndarray, int]:
-    example = source[index]
-    image = example["image"]
-    if isinstance(image, bytes):
-        try:
-            image = decode_image(image, source.num_channels)
-        except ImageError as error:
-            raise ImageError(f"{source.describe(index)}: {error}; replace or remove it") from error
-    return image, example["label"]
-
-
 def _centre(image: np.ndarray, size: int, config: DataConfig) -> np.ndarray:
     return resize_short_and_centre_crop(image, size, short_side=config.eval_resize, interpolation=config.interpolation)
 
 
-def _iterate(steps: grain.MapDataset, source: Source, config: DataConfig) -> grain.DatasetIterator:
+def _iterate(steps: grain.MapDataset, source: Source, config: DataConfig) -> Batches:
+    return Batches(_grain_iterator(steps, source, config), source, config)
+
+
+def _grain_iterator(steps: grain.MapDataset, source: Source, config: DataConfig) -> grain.DatasetIterator:
     if config.num_workers:
         if not flags.FLAGS.is_parsed():  # grain's workers read its flags.
             flags.FLAGS.mark_as_parsed()

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
+from levattn.data.decode import check_size
+
 cv2.setNumThreads(0)  # Batches are loaded by threads or processes; threads inside them would only get in the way.
 
 _PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -86,12 +88,16 @@ def resize_short_and_centre_crop(
 
     Returns:
       The crop.
+
+    Raises:
+      ImageError: for an image so thin that it would have more than `decode.MAX_PIXELS` pixels before the cut.
     """
     short_side = size if short_side is None else short_side
     height, width = image.shape[:2]
     short = min(height, width)
     if short != short_side:
         height, width = height * short_side // short, width * short_side // short
+        check_size(width, height)
         image = _pil_resize(image, height, width, _PIL_FILTERS[interpolation])
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[top : top + size, left : left + size]

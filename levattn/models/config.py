@@ -31,6 +31,9 @@ REMAT_POLICIES = {
 }
 
 
+MAX_DEPTH = 1000  # Published encoders have 64 layers at most: more is a slip, or a file that was made up.
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A Vision Transformer and the attention of each of its layers.
@@ -112,6 +115,8 @@ class ModelConfig:
         for field in ("width", "depth", "mlp_dim", "num_heads"):
             if getattr(dims, field) < 1:
                 raise ValueError(f"{field}={getattr(dims, field)} must be at least 1")
+        if dims.depth > MAX_DEPTH:
+            raise ValueError(f"depth={dims.depth} must be at most {MAX_DEPTH}: there is an attention for each layer")
         if dims.width % dims.num_heads:
             raise ValueError(f"width={dims.width} must be a multiple of num_heads={dims.num_heads}")
         if self.posemb == "sincos2d" and (dims.width % 4 or dims.width < 8):

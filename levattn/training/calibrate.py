@@ -39,6 +39,7 @@ class Budgets:
       uniform_cosine: The same with the mean number in every layer.
       strength: Power of the influence in the weights under which the errors were summed and minimised.
       objective: That sum, as a share of its value with the mean number in every layer.
+      num_images: On which all of this was measured.
     """
 
     attention: tuple[AttentionSpec, ...]
@@ -49,6 +50,7 @@ class Budgets:
     uniform_cosine: float
     strength: float
     objective: float
+    num_images: int
 
     @property
     def k(self) -> tuple[int | float, ...]:
@@ -164,6 +166,7 @@ def calibrate(
         uniform_cosine=uniform_cosine,
         strength=strength,
         objective=of_choice / max(of_equal, np.finfo(float).tiny),
+        num_images=sum(map(len, batches)),
     )
 
 

@@ -1,22 +1,53 @@
 """Checkpoints of a training run: the last few and the best, written in the background by Orbax.
 
 A checkpoint holds the whole training state, the metrics that rank it, and a JSON record of whatever else the run needs
-to go on (config, data position).
+to go on (config, data position). It counts once its manifest is there, which is written last; it is read only after
+every file has been compared with the manifest.
+
+In the folder of the checkpoints lie:
+
+    1000/             a checkpoint, committed if it holds SHA256SUMS
+    .saving           the step of a save under way; what it names and has no manifest is not committed
+    1000.damaged/     moved aside by a run that went on from an older step; remove it by hand
+    1000.deleted/     being removed
+    *.orbax-...-tmp*/ being written by Orbax
+
+Checkpoints of versions of this package that wrote no manifest are read, with a warning: nothing can be said of their
+files. `find . -type f -printf '%P\\n' | xargs sha256sum > SHA256SUMS` inside of one gives it a manifest.
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-_policies = ocp.training.preservation_policies
+from levattn.training.manifest import MANIFEST_FILE, has_manifest, verify_manifest, write_manifest
+from levattn.training.workdir import atomic_path
+
+_SAVING_FILE = ".saving"
+_CLEANING_S = 5.0
+_DELETED, _DAMAGED = ".deleted", ".damaged"
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written. Those before it are as they were."""
+
+
+class DamagedCheckpointError(ValueError):
+    """Files of a checkpoint are not what was written."""
 
 
 class Checkpointer:
@@ -24,6 +55,10 @@ class Checkpointer:
 
     Every process of a run makes one and calls each method, with the same arguments. Use it as a context manager:
     leaving it waits for a save that is under way.
+
+    Guarantee: a step that is read is, bit for bit, what was written, also after the process was killed at any moment,
+    the disk was full, or files were damaged since. Not covered: damage in memory before the files were hashed, and
+    malice.
 
     Args:
       directory: Where the checkpoints are. Made if it is missing, but not by `read_only`.
@@ -57,24 +92,21 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         if read_only and not self.directory.is_dir():
             raise FileNotFoundError(f"no checkpoint folder {str(self.directory)!r}")
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._keep_last, self._keep_best = keep_last, keep_best
         self._best_metric, self._best_mode, self._read_only = best_metric, best_mode, read_only
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True  # `restore` compares the trees itself, and says more
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            context=context,
-            preservation_policy=_policies.AnyPreservationPolicy(
-                [
-                    _policies.LatestN(keep_last),
-                    _policies.BestN(get_metric_fn=self._rank, n=keep_best, keep_checkpoints_without_metrics=False),
-                ]
-            ),
-            cleanup_tmp_directories=not read_only,
-        )
-        self._saving: ocp.AsyncResponse | None = None
+        self._saving: _Background | None = None
+        self._is_clean = False
+        self._sound: set[int] = set()
+        self._damaged: dict[int, list[str]] = {}
+        self._records: dict[int, dict[str, Any]] = {}
 
     def save(self, step: int, state: PyTree, metrics: Mapping[str, Any] | None, extra: Mapping[str, Any]) -> None:
         """Starts to save, and returns as soon as the arrays have been copied: their buffers may be donated then.
+
+        The first save of a run moves aside the checkpoints that were found damaged, and removes what unfinished saves
+        have left.
 
         Args:
           step: Steps taken so far; a step is saved once.
@@ -84,9 +116,9 @@ class Checkpointer:
           extra: JSON serialisable; `read_extra` gives it back.
 
         Raises:
-          ValueError: `metrics` lacks the best metric, or the folder was opened to read only.
+          ValueError: `metrics` lacks the best metric, the step is there already, or the folder was opened to read only.
           TypeError: `extra` is not JSON serialisable.
-          Exception: What the save before this one failed with, in the background.
+          CheckpointError: This save could not start, or the one before it failed in the background.
         """
         if self._read_only:
             raise ValueError(f"{str(self.directory)!r} was opened with read_only=True")
@@ -96,21 +128,31 @@ class Checkpointer:
                 "name one of them, or save metrics=None"
             )
         extra = json.loads(json.dumps(extra))  # fails here rather than in the background
+        metrics = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         self.wait()
-        self._saving = self._orbax.save_async(
-            step,
-            state,
-            force=True,
-            metrics=None if metrics is None else {name: float(value) for name, value in metrics.items()},
-            custom_metadata=extra,
-        )
+        if not self._is_clean:
+            self._clean()
+        if step in self.all_steps():
+            raise ValueError(f"step {step} has been saved to {str(self.directory)!r} already")
+        record = {"manifest": MANIFEST_FILE, "metrics": metrics, "extra": extra}
+        rank_of = {other: self._rank(self._record(other)["metrics"]) for other in self.all_steps()}
+        rank_of[step] = self._rank(metrics)
+        with self._reporting(step):
+            if _is_first_process():
+                with atomic_path(self.directory / _SAVING_FILE) as temporary:
+                    temporary.write_text(str(step))
+            response = ocp.save_async(self.directory / str(step), state, custom_metadata=record)
+        self._records[step] = record
+        self._saving = _Background(step, functools.partial(self._commit, step, response.result, rank_of))
 
     def restore(self, template: PyTree, step: int | None = None, partial: bool = False) -> PyTree:
         """Reads a state, onto whatever devices the template names: they need not be those that saved it.
 
+        Every file of the checkpoint is compared with its SHA-256 first, once for each `Checkpointer`.
+
         Args:
           template: Pytree of `jax.ShapeDtypeStruct` with shardings, of the structure saved.
-          step: Which; None is the latest.
+          step: Which; None is the newest that is sound, as `newest_sound_step` finds it.
           partial: Let the checkpoint hold more than the template, as for `{"params": ...}` of a whole state. What
             the template leaves out is not read.
 
@@ -119,89 +161,314 @@ class Checkpointer:
 
         Raises:
           FileNotFoundError: No such step; lists those that exist.
+          DamagedCheckpointError: Files of this step, or of every one, are damaged; names them.
           ValueError: Tree, shapes or dtypes differ from the template; lists every leaf that does.
         """
         step = self._existing(step)
-        saved = self._orbax.metadata(step).metadata
-        problems = _differences(_signatures(saved), _signatures(template), partial)
-        if problems:
+        if not self._is_sound(step):
+            raise DamagedCheckpointError(self._describe_damage(step) + self._offer(step))
+        if problems := self.differences(template, step, partial):
             raise ValueError(
                 f"checkpoint {str(self.directory / str(step))!r} does not fit the state to be restored. Use the config "
                 "it was saved with, or a new workdir.\n" + "\n".join(problems)
             )
-        return self._orbax.load(step, template)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True  # the trees have been compared, with more to say
+        with context:
+            return ocp.load(self.directory / str(step), template)
+
+    def differences(self, template: PyTree, step: int, partial: bool = False) -> list[str]:
+        """A line for each leaf that is missing, extra or of another shape or dtype. Reads no arrays."""
+        saved = ocp.metadata(self.directory / str(self._existing(step))).metadata
+        return _differences(_signatures(saved), _signatures(template), partial)
+
+    def newest_sound_step(self) -> int | None:
+        """The newest step whose files are all as they were written; None if there is no checkpoint.
+
+        Warns of each newer step that is damaged, naming its files. Cost: that of hashing one checkpoint, and each
+        damaged one.
+
+        Raises:
+          DamagedCheckpointError: There are checkpoints, and all are damaged. Nothing has been changed.
+        """
+        steps = self.all_steps()
+        for step in reversed(steps):
+            if self._is_sound(step):
+                return step
+            warnings.warn(f"{self._describe_damage(step)}\nTrying the next older step.", RuntimeWarning, stacklevel=2)
+        if steps:
+            raise DamagedCheckpointError(
+                f"every checkpoint in {str(self.directory)!r} is damaged, steps {steps}; nothing was changed.\n"
+                + "\n".join(map(self._describe_damage, steps))
+                + "\nPut one back from a backup, or start anew in another workdir."
+            )
+        return None
 
     def latest_step(self) -> int | None:
-        """The newest step, or None if there is no checkpoint."""
-        return max(self.all_steps(), default=None)
+        """The newest committed step, or None if there is no checkpoint; what was found damaged does not count."""
+        return max((step for step in self.all_steps() if step not in self._damaged), default=None)
 
     def best_step(self) -> int | None:
         """The step that ranks best, the newest of equals; None if no checkpoint has been evaluated."""
-        ranked = [(self._rank(info.metrics), info.step) for info in self._orbax.checkpoints if info.metrics]
+        steps = (step for step in self.all_steps() if step not in self._damaged)
+        ranked = [(self._rank(metrics), step) for step in steps if (metrics := self._record(step)["metrics"])]
         return max(ranked)[1] if ranked else None
 
     def all_steps(self) -> list[int]:
-        """The steps that can be restored, ascending."""
-        return [info.step for info in self._orbax.checkpoints]
+        """The steps that have been committed, ascending. Waits for a save under way."""
+        self.wait()
+        return committed_steps(self.directory)
 
     def read_extra(self, step: int | None = None) -> dict[str, Any]:
-        """The `extra` that was saved with a step; None is the latest.
+        """The `extra` that was saved with a step; None is the newest that is sound.
 
         Raises:
           FileNotFoundError: No such step; lists those that exist.
         """
-        return self._orbax.metadata(self._existing(step)).custom_metadata
+        return self._record(self._existing(step))["extra"]
 
     def wait(self) -> None:
         """Returns when no save is under way.
 
         Raises:
-          Exception: What the save failed with.
+          CheckpointError: The save failed.
         """
         saving, self._saving = self._saving, None
-        try:
-            self._orbax.wait()
-        except Exception:
-            self._orbax.reload()  # it has already crossed off what the failed save was to replace
-            raise
-        finally:
-            if saving is not None:
-                with contextlib.suppress(Exception):  # the one that `wait` has raised
-                    saving.result()  # ends its thread
+        if saving is None:
+            return
+        error = saving.join()
+        failed = _from_first_process(error is not None)
+        if error is None and failed:
+            error = OSError("process 0 could not write its part, or the manifest")
+        if error is not None:
+            with self._reporting(saving.step):
+                raise error
+        self._sound.add(saving.step)
+
+    def check(self) -> None:
+        """Raises what a save under way has failed with so far; does not wait. Cheap enough for every step.
+
+        Raises:
+          CheckpointError: The save failed.
+        """
+        # Of several processes, all find out at the next save.
+        if self._saving is not None and self._saving.has_failed() and jax.process_count() == 1:
+            self.wait()
 
     def close(self) -> None:
-        """Waits, then lets go of threads and files."""
-        try:
-            self.wait()
-        finally:
-            self._orbax.close()
+        """Waits for a save under way."""
+        self.wait()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
+    def __exit__(self, exc_type: type | None, *exc_info: object) -> None:
+        try:
+            self.close()
+        except CheckpointError as error:
+            if exc_type is None:
+                raise
+            warnings.warn(str(error), RuntimeWarning, stacklevel=2)  # the first error is the one to report
 
-    def _rank(self, metrics: Mapping[str, float]) -> float:
-        value = metrics.get(self._best_metric, math.nan)
+    def _commit(self, step: int, written: Callable[[], Any], rank_of: Mapping[int, float]) -> None:
+        """The end of a save, in the background: waits for Orbax, then makes the step count, then removes old ones."""
+        written()
+        if not _is_first_process():
+            return
+        write_manifest(self.directory / str(step))
+        (self.directory / _SAVING_FILE).unlink()
+        steps = [other for other in committed_steps(self.directory) if other not in self._damaged]
+        ranked = sorted((rank_of[other], other) for other in steps if rank_of.get(other, -math.inf) > -math.inf)
+        kept = {*steps[-self._keep_last :], *(other for _, other in ranked[len(ranked) - self._keep_best :])}
+        for other in set(steps) - kept:
+            # Renamed first: a step that is half removed must not look like one that is damaged.
+            deleted = self.directory / f"{other}{_DELETED}"
+            (self.directory / str(other)).rename(deleted)
+            shutil.rmtree(deleted, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _reporting(self, step: int):
+        """Turns what a save fails with into an error that says what is left, once its unfinished files are gone."""
+        try:
+            yield
+        except Exception as error:
+            if _is_first_process():
+                self._remove_unfinished(is_failed=True)
+            raise CheckpointError(
+                f"the checkpoint of step {step} could not be written to {str(self.directory)!r}: {_brief(error)}\n"
+                f"Earlier checkpoints are as they were: {committed_steps(self.directory) or 'none'}. Make room, or put "
+                "right what is named above, and run the same command again: it goes on from the newest of them."
+            ) from error
+
+    def _clean(self) -> None:
+        """Removes what unfinished saves left, and moves aside the steps that were found damaged."""
+        if _is_first_process():
+            for step in self._damaged:
+                aside = _free_name(self.directory / f"{step}{_DAMAGED}")
+                with contextlib.suppress(FileNotFoundError):
+                    (self.directory / str(step)).rename(aside)
+                    warnings.warn(
+                        f"the damaged checkpoint of step {step} is now {str(aside)!r}", RuntimeWarning, stacklevel=3
+                    )
+            self._remove_unfinished()
+            for leftover in self.directory.glob(f"*{_DELETED}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        _from_first_process(True)  # the others wait
+        for step in self._damaged:
+            self._records.pop(step, None)
+        self._damaged.clear()
+        self._is_clean = True
+
+    def _remove_unfinished(self, is_failed: bool = False) -> None:
+        step = _step_under_way(self.directory)
+        if step is not None and not has_manifest(self.directory / str(step)):
+            shutil.rmtree(self.directory / str(step), ignore_errors=True)
+        (self.directory / _SAVING_FILE).unlink(missing_ok=True)
+        # Threads of a save that has failed in one of them write on for a while, and make folders anew.
+        deadline, quiet = time.monotonic() + _CLEANING_S, 0
+        while quiet < 3 and time.monotonic() < deadline:
+            leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
+            if not leftovers and not is_failed:
+                return
+            for leftover in leftovers:
+                shutil.rmtree(leftover, ignore_errors=True)
+            quiet = 0 if leftovers else quiet + 1
+            time.sleep(0.1)
+
+    def _is_sound(self, step: int) -> bool:
+        if step not in self._sound and step not in self._damaged:
+            problems = self._problems(step) if _is_first_process() else []
+            if _from_first_process(bool(problems)):
+                self._damaged[step] = problems
+            else:
+                self._sound.add(step)
+        return step in self._sound
+
+    def _problems(self, step: int) -> list[str]:
+        folder = self.directory / str(step)
+        if has_manifest(folder):
+            return verify_manifest(folder)
+        try:
+            is_old = "manifest" not in (ocp.metadata(folder).custom_metadata or {})
+        except Exception as error:  # Orbax has many
+            return [f"{MANIFEST_FILE}: is missing, and the metadata cannot be read ({_brief(error)})"]
+        if not is_old:
+            return [f"{MANIFEST_FILE}: is missing"]
+        warnings.warn(
+            f"checkpoint {str(folder)!r} was saved by a version of this package that wrote no manifest: it is read, "
+            "and damage to its files would not be seen",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return []
+
+    def _describe_damage(self, step: int) -> str:
+        problems = self._damaged[step] or ["process 0 says which files"]
+        return "\n  ".join([f"checkpoint {str(self.directory / str(step))!r} is DAMAGED:", *problems])
+
+    def _offer(self, step: int) -> str:
+        others = [other for other in self.all_steps() if other != step]
+        return f"\nOther steps there: {others or 'none'}."
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """Metrics and extra of a step; of one whose record cannot be read there are none."""
+        if step not in self._records:
+            try:
+                record = ocp.metadata(self.directory / str(step)).custom_metadata or {}
+                if "manifest" not in record:
+                    record = {"metrics": _old_metrics(self.directory / str(step)), "extra": record}
+            except Exception:  # damaged: `restore` will say so
+                record = {"metrics": None, "extra": {}}
+            self._records[step] = record
+        return self._records[step]
+
+    def _rank(self, metrics: Mapping[str, float] | None) -> float:
+        value = math.nan if metrics is None else metrics.get(self._best_metric, math.nan)
         if math.isnan(value):
             return -math.inf
         return value if self._best_mode == "max" else -value
 
     def _existing(self, step: int | None) -> int:
-        """`step`, or the latest, once it is known to be on disk."""
-        self.wait()
+        """`step`, or the newest sound one, once it is known to be on disk."""
         steps = self.all_steps()
         if not steps:
             raise FileNotFoundError(f"no checkpoint in {str(self.directory)!r}")
         if step is not None and step not in steps:
             raise FileNotFoundError(f"no checkpoint of step {step} in {str(self.directory)!r}; there are {steps}")
-        return steps[-1] if step is None else step
+        return self.newest_sound_step() if step is None else step
+
+
+class _Background:
+    """A call in a thread of its own, whose error is kept."""
+
+    def __init__(self, step: int, call: Callable[[], None]):
+        self.step = step
+        self._call, self._error = call, None
+        self._thread = threading.Thread(target=self._run, name=f"checkpoint-{step}")
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except Exception as error:
+            self._error = error
+
+    def has_failed(self) -> bool:
+        return self._error is not None
+
+    def join(self) -> Exception | None:
+        self._thread.join()
+        return self._error
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether a finished checkpoint lies in a folder, which need not exist; opens and changes nothing."""
-    return any(path.name.isdigit() for path in Path(directory).glob("*"))
+    return bool(committed_steps(directory))
+
+
+def committed_steps(directory: str | os.PathLike) -> list[int]:
+    """The steps saved to a folder, which need not exist, but for one whose save was never finished; ascending."""
+    directory = Path(directory)
+    under_way = _step_under_way(directory)
+    steps = (int(path.name) for path in directory.glob("*") if path.name.isdigit() and path.is_dir())
+    return sorted(step for step in steps if step != under_way or has_manifest(directory / str(step)))
+
+
+def _step_under_way(directory: Path) -> int | None:
+    try:
+        return int((directory / _SAVING_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _old_metrics(folder: Path) -> dict[str, float] | None:
+    try:
+        return json.loads((folder / "metrics" / "metrics").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _free_name(path: Path) -> Path:
+    candidates = (path, *(path.with_name(f"{path.name}.{i}") for i in range(2, 1000)))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+def _brief(error: BaseException) -> str:
+    """The first lines of an error and of what caused it."""
+    causes = []
+    while error is not None:
+        causes.append(f"{type(error).__name__}: {str(error).strip()[:400]}")
+        error = error.__cause__
+    return "; from ".join(dict.fromkeys(causes))
+
+
+def _is_first_process() -> bool:
+    return jax.process_index() == 0
+
+
+def _from_first_process(value: bool) -> bool:
+    """What process 0 says; waits for it."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(value))
 
 
 def _signatures(tree: PyTree) -> dict[str, str]:

@@ -2,23 +2,32 @@
 
 import ast
 import inspect
+import logging as pylogging
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
+from levattn.training.config import EvalConfig, TrainConfig, no_such_field
+from levattn.training.nonfinite import NonFiniteError
+from levattn.training.signals import EXIT_STOPPED, Stopped
+
 _PACKAGE = Path(__file__).parents[1]
 
 
 def run(main: Callable[..., None]) -> NoReturn:
-    """Parses flags and runs `main` with what is left of the command line; exits with 2 and a message if the user's
-    input is at fault.
+    """Parses flags and runs `main` with what is left of the command line. Exits with
 
-    At fault are flags and config files that cannot be read, files that are missing, and whatever this package itself
-    refuses by a ValueError. An error from within another library keeps its traceback.
+    0: done.
+    1: a run that cannot go on, with a message (`NonFiniteError`), or an error within a library, with its traceback.
+    2: a message, as the user's input is at fault: flags and config files that cannot be read, files that are missing,
+       whatever this package itself refuses by a ValueError; or the disk is (full, read-only, a checkpoint damaged).
+    75: stopped by SIGTERM after a save (`EXIT_STOPPED`); the same command goes on.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -28,8 +37,16 @@ def run(main: Callable[..., None]) -> NoReturn:
             _refuse(f"these arguments cannot be used: {' '.join(argv[1:])}; write flags as --name=value")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries talk a lot at INFO
+        logging.get_absl_logger().addFilter(_is_news)
+        warnings.showwarning = _show_warning
         try:
             main(*argv[1:])
+        except Stopped as stopped:
+            print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+            sys.exit(EXIT_STOPPED)
+        except NonFiniteError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(1)
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not _raised_by_this_package(error):
                 raise
@@ -52,9 +69,31 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     except (flags.Error, OSError, ValueError) as error:
         # The parser of config files hands on the traceback of the file as text; its last part says what is wrong.
         _, _, cause = str(error).rpartition("\nValueError: ")
-        _refuse(cause)
-    except (AttributeError, KeyError) as error:
-        _refuse(f"the config file has no such section: {error.args[0]}")
+        _refuse(cause if isinstance(error, OSError) else _unknown_override(argv) or cause)
+    except (AttributeError, KeyError, TypeError) as error:  # of an override of what is not there
+        _refuse(_unknown_override(argv) or f"{', '.join(_overrides(argv))}: no flag can set that ({error})")
+    except SyntaxError as error:
+        _refuse(f"the config file is no Python: {error}")
+
+
+def _overrides(argv: Sequence[str]) -> list[str]:
+    """The names of fields that are set on the command line."""
+    return [match[1] for text in argv if (match := re.match(r"--?config\.([^=]*)", text))]
+
+
+def _unknown_override(argv: Sequence[str]) -> str | None:
+    """What to say of the first of them that neither training nor evaluation knows."""
+    found = (no_such_field(name, (TrainConfig, EvalConfig)) for name in _overrides(argv))
+    return next(filter(None, found), None)
+
+
+def _is_news(record: pylogging.LogRecord) -> bool:
+    # Orbax logs what a thread of it fails with, once for each layer, and raises it, too.
+    return "_SignalingThread.run() raised an exception" not in record.getMessage()
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *place: object) -> None:
+    print(f"warning: {message}" if category is RuntimeWarning else f"{category.__name__}: {message}", file=sys.stderr)
 
 
 def _raised_by_this_package(error: ValueError) -> bool:

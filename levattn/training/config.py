@@ -10,6 +10,7 @@ from typing import Any, Literal
 from levattn.data import DataConfig
 from levattn.models import ModelConfig
 from levattn.training.config_dict import from_config_dict as from_config_dict
+from levattn.training.config_dict import no_such_field as no_such_field
 from levattn.training.config_dict import sections as sections
 from levattn.training.config_dict import to_dict as to_dict
 
@@ -193,6 +194,9 @@ class TrainConfig:
       ema_decay: Decay of the average of parameters that is evaluated and exported. None: no average.
       init_from: A finished run, an export or a published checkpoint whose parameters start the run (fine-tuning).
       distill: Learn from the model of `init_from` under dense attention. None: from the labels alone.
+      nonfinite: What to do with a step whose loss or gradient is not finite; its update is left out either way. "stop":
+        end the run, naming the step, the records and the first layer. "skip": go on with the next batch.
+      max_skipped: Steps of a run that "skip" may leave out, over all its restarts; one more ends it.
     """
 
     data: DataConfig
@@ -211,6 +215,8 @@ class TrainConfig:
     ema_decay: float | None = None
     init_from: str | None = None
     distill: DistillConfig | None = None
+    nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = 10
 
     def __post_init__(self):
         if self.total_steps is None and self.total_epochs is None:
@@ -218,7 +224,8 @@ class TrainConfig:
         for name in ("batch_size", "total_steps", "total_epochs", "log_every_steps", "eval_every_steps"):
             value = getattr(self, name)
             _require(self, name, value is None or value > 0, "positive")
-        _require(self, "seed", self.seed >= 0, "at least 0")
+        _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        _require(self, "max_skipped", self.max_skipped >= 0, "at least 0")
         _require(self, "accumulate_steps", self.accumulate_steps > 0, "positive")
         _require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1) or None")
         if self.batch_size % self.accumulate_steps:
@@ -276,6 +283,7 @@ class EvalConfig:
 
     Args:
       checkpoint: As `levattn.training.loaded.load_model` takes it.
+      arch: Name of the published model that tells what a checkpoint leaves open, see `levattn.load_pretrained`.
       attention: Methods to put into all layers. Empty: as the model was trained.
       k: Numbers of keys for each method; None: as many as eps can keep.
       option: Values of other fields of `AttentionSpec`.
@@ -292,6 +300,7 @@ class EvalConfig:
     """
 
     checkpoint: str
+    arch: str | None = None
     attention: tuple[str, ...] = ()
     k: tuple[int | None, ...] = ()
     option: dict = dataclasses.field(default_factory=dict)

@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from ml_collections import ConfigDict, FieldReference
@@ -18,7 +19,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def from_config_dict(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, *, name: str = "the config") -> T:
+def from_config_dict(cls: type[T], mapping: Any, *, name: str = "the config") -> T:
     """Builds nested frozen dataclasses from nested mappings, and reports everything that is wrong with them at once.
 
     Fields that the mapping leaves out take their defaults. Whole numbers are taken where a float is expected, lists and
@@ -26,7 +27,7 @@ def from_config_dict(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, *, n
 
     Args:
       cls: A dataclass whose fields are annotated with scalars, literals, tuples, dataclasses or unions of these.
-      mapping: A ConfigDict or dict.
+      mapping: A ConfigDict or dict; anything else, as JSON may hold, is refused.
       name: What errors call the mapping.
 
     Returns:
@@ -37,7 +38,10 @@ def from_config_dict(cls: type[T], mapping: Mapping[str, Any] | ConfigDict, *, n
         expected, what was given and the nearest valid name.
     """
     problems: list[str] = []
-    config = _build(cls, _plain(mapping), "", list(_dotted_names(cls)), problems)
+    mapping = _plain(mapping)
+    if not hasattr(mapping, "items"):  # that of a config file that cannot be read raises the reason
+        raise ValueError(f"{name} must be a record of fields, not {type(mapping).__name__}")
+    config = _build(cls, mapping, "", list(_dotted_names(cls)), problems)
     if problems:
         raise ValueError("\n  ".join([f"{name} has fields that cannot be used:", *problems]))
     return config
@@ -117,7 +121,7 @@ def _convert(expected: Any, value: Any, path: str, known: list[str], problems: l
         if expected is Any or value is None:
             return value
     elif expected is float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
             return float(value)
     elif isinstance(expected, type) and isinstance(value, expected) and isinstance(value, bool) == (expected is bool):
         return value
@@ -125,8 +129,20 @@ def _convert(expected: Any, value: Any, path: str, known: list[str], problems: l
     return None
 
 
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int past every float
+        return False
+
+
 def _plain(value: Any) -> Any:
-    return value.to_dict() if isinstance(value, ConfigDict) else value  # a ConfigDict is no Mapping
+    if not isinstance(value, ConfigDict):  # which is no Mapping
+        return value
+    try:
+        return value.to_dict()
+    except TypeError as error:  # it sorts its names
+        raise ValueError(f"names of fields must be text: {error}") from error
 
 
 def _fits_shape(option: Any, value: Any) -> bool:
@@ -150,6 +166,12 @@ def _describe(expected: Any) -> str:
     if expected in (None, types.NoneType):
         return "None"
     return expected.__name__ if isinstance(expected, type) and not arguments else str(expected)
+
+
+def no_such_field(name: str, classes: Iterable[type]) -> str | None:
+    """What to say of a dotted name that is no field of any of these dataclasses; None if it is one."""
+    known = [known for cls in classes for known in _dotted_names(cls)]
+    return None if name in known else f"{name}: there is no such field{_nearest(name, known)}"
 
 
 def _dotted_names(expected: Any, path: str = "") -> Iterator[str]:

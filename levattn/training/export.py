@@ -5,8 +5,8 @@ expects them, and the config as JSON text under `__config__`; a `.safetensors` h
 """
 
 import json
+import math
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from levattn.models.pretrained import read_content
+from levattn.attention import AttentionSpec
+from levattn.models.pretrained import check_params, nest, read_content, refuse_nonfinite
+from levattn.models.pretrained.archive import read_npz
+from levattn.models.pretrained.safetensors_file import read_header
+from levattn.training.attentions import with_attention
+from levattn.training.config import TrainConfig
 from levattn.training.workdir import atomic_path
 
 _CONFIG = "__config__"
 _PREFIX = "params/"
-_DAMAGED = (ValueError, EOFError, OSError, zipfile.BadZipFile, safetensors.SafetensorError)
 
 
 def export_params(path: str | os.PathLike, params: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -62,7 +65,8 @@ def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]
 
     Raises:
       FileNotFoundError: No such file.
-      ValueError: Another suffix, pickled objects (which could run code and are never loaded), or a damaged file.
+      ValueError: Another suffix, pickled objects (which could run code and are never loaded), a damaged file, NaN or
+        infinite numbers.
     """
     path = Path(path)
     _check_suffix(path)
@@ -71,7 +75,20 @@ def load_params(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     content = read_content(path)
     names = [name for name in content.arrays if name.startswith(_PREFIX)] or content.arrays
     params = {name.removeprefix(_PREFIX): content.arrays[name] for name in names}
-    return unflatten_dict(params, sep="/"), content.metadata.get("config", {})
+    refuse_nonfinite(params, repr(str(path)))
+    return nest(params, repr(str(path))), content.metadata.get("config", {})
+
+
+def check_own(config: TrainConfig, params: Mapping[str, Any]) -> None:
+    """Refuses parameters that are not those of the model of their config, or not finite.
+
+    Raises:
+      ValueError: Listing all that does not fit.
+    """
+    positions = params.get("pos_embedding")
+    side = math.isqrt(positions.shape[1]) if getattr(positions, "ndim", 0) == 3 else 1
+    model = with_attention(config.model, AttentionSpec("dense"))  # which has no parameters, and might want more tokens
+    check_params(model, params, model.dims.patch * max(1, side), "an export of this project")
 
 
 def read_export_config(path: str | os.PathLike) -> dict[str, Any]:
@@ -79,13 +96,11 @@ def read_export_config(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.suffix == ".npz":
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                config_json = str(file[_CONFIG]) if _CONFIG in file.files else "{}"
+            config_json = str(read_npz(path, only=_CONFIG).get(_CONFIG, "{}"))
         else:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                config_json = (file.metadata() or {}).get("config", "{}")
+            config_json = read_header(path)[2].get("config", "{}")
         config = json.loads(config_json)
-    except (*_DAMAGED, AttributeError, TypeError):  # an .npz may hold one array, and no archive
+    except Exception:  # other formats and damaged files; whoever reads the parameters says what is wrong
         return {}
     return config if isinstance(config, dict) and {"data", "model"} <= config.keys() else {}
 

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from levattn.models import ModelConfig, scan_to_unrolled, unrolled_to_scan
-from levattn.models.pretrained import Content, convert, read_content
+from levattn.models.pretrained import Content, convert, nest, read_content, refuse_nonfinite
 from levattn.models.pretrained.posemb import Resize, resize_positions
 from levattn.training.checkpoint import has_checkpoint
 from levattn.training.config import TrainConfig, from_config_dict
@@ -88,7 +88,7 @@ def read_fitting(params: PyTree, path: str | os.PathLike, model: ModelConfig | N
             f"init_from={str(path)!r}: name a finished run's workdir or an exported file, or a published checkpoint: "
             f"{error}"
         ) from error
-    other = flatten_dict(_in_layout_of(params, unflatten_dict(other, sep="/")), sep="/")
+    other = flatten_dict(_in_layout_of(params, nest(other, repr(str(file)))), sep="/")
     fitting = {name: other[name] for name, leaf in own.items() if name in other and other[name].shape == leaf.shape}
     problems = []
     for name in own | other:
@@ -115,13 +115,18 @@ def own_params(content: Content) -> tuple[dict[str, np.ndarray], dict[str, Any] 
     Returns:
       Names, the path in the tree joined by "/", to arrays; none if the file names them otherwise. None for the config
       if it holds none.
+
+    Raises:
+      ValueError: Numbers that are not finite.
     """
     names = [name for name in content.arrays if name.startswith("params/")] or content.arrays
     params = {name.removeprefix("params/"): content.arrays[name] for name in names}  # the rest is optimizer state
     config = content.metadata.get("config", {})
     config = config if {"data", "model", "optimizer"} <= config.keys() else None
-    is_own = config or any(_OWN_BLOCK.match(name) for name in params)
-    return (params if is_own else {}), config
+    if not (config or any(_OWN_BLOCK.match(name) for name in params)):
+        return {}, None
+    refuse_nonfinite(params, repr(str(content.path)))
+    return params, config
 
 
 def _read(path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], ModelConfig | None]:

@@ -8,11 +8,11 @@ from typing import Literal
 from jaxtyping import PyTree
 
 from levattn.data import DataConfig, open_source, output_shape
-from levattn.models.pretrained import Preprocess
+from levattn.models.pretrained import Preprocess, find_checkpoint
 from levattn.training.config import TrainConfig
 from levattn.training.export import read_export_config
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
-from levattn.training.pretrained import load_pretrained
+from levattn.training.pretrained import read_any, refuse_arch
 from levattn.training.trained import load_trained
 from levattn.training.workdir import CONFIG_FILE, VERSIONS_FILE
 
@@ -30,12 +30,16 @@ class LoadedModel:
       params: The parameters that are to be evaluated, fitting `config.model`.
       head: What the model's output is: "classifier" (logits), "projection" (an embedding), or None (features).
       name: For tables.
+      guessed: As `Pretrained.guessed`.
+      notes: As `Pretrained.notes`.
     """
 
     config: TrainConfig
     params: PyTree
     head: Literal["classifier", "projection"] | None
     name: str
+    guessed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def is_classifier(self) -> bool:
@@ -50,6 +54,7 @@ def load_model(
     *,
     image_size: int | None = None,
     allow_zero_head: bool = False,
+    arch: str | None = None,
 ) -> LoadedModel:
     """Reads a trained model, and says how it sees data.
 
@@ -61,6 +66,7 @@ def load_model(
       split: To evaluate on. None: the run's own; with `source` its test, validation or train split, the first there is.
       image_size: Side of the images in pixels, if not as trained; position embeddings are resized.
       allow_zero_head: Take a published checkpoint whose head is all zeros, for its features.
+      arch: As for `levattn.load_pretrained`.
 
     Returns:
       The model, with the parameters that the run evaluates (their average, where it keeps one).
@@ -69,21 +75,19 @@ def load_model(
       FileNotFoundError: There is no model at `path`, or the data are not on this machine.
       ValueError: A file that cannot be read, a published checkpoint without `source`.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"checkpoint={str(path)!r} does not exist: name a run's workdir, an exported file or a published checkpoint"
-        )
+    path, guessed, notes = find_checkpoint(path), (), ()
     if _is_of_this_project(path):
+        refuse_arch(arch, path)
         config, params = load_trained(path)
         head, name = "classifier" if config.model.num_classes else None, config.model.variant
         if source is not None:
             config = on_source(config, source)
         if image_size is not None:
-            resized = load_pretrained(path, image_size=image_size)
+            resized = read_any(path, image_size=image_size)
             params, config = resized.params, _seen_by(config, resized.preprocess)
     else:
-        published = load_pretrained(path, image_size=image_size, allow_zero_head=allow_zero_head)
+        published = read_any(path, image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
+        guessed, notes = published.guessed, published.notes
         if source is None:
             raise ValueError(
                 f"checkpoint={str(path)!r} is a published {published.layout} model and comes without data: name a "
@@ -96,7 +100,7 @@ def load_model(
         split = find_eval_split(config.data)
     if split is not None:
         config = _with_data(config, eval_split=split)
-    return LoadedModel(config, params, head, name)
+    return LoadedModel(config, params, head, name, guessed, notes)
 
 
 def on_source(config: TrainConfig, source: str) -> TrainConfig:

@@ -4,16 +4,14 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import optax
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from levattn.data import Source, open_source, output_shape, train_batches
@@ -25,11 +23,14 @@ from levattn.training.estimate import estimate
 from levattn.training.export import export_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, read_fitting, with_params_of
 from levattn.training.metrics import MetricWriter, Progress
+from levattn.training.nonfinite import diagnose, stop
 from levattn.training.optim import make_optimizer
+from levattn.training.resume import check_allowed, check_continues, resume_record
 from levattn.training.sharding import check_batch_size, make_mesh, put_batch
+from levattn.training.signals import Stopped, StopSignal
 from levattn.training.state import TrainState, create_state, init_state, plan_state
 from levattn.training.step import evaluate, make_eval_step, make_train_step
-from levattn.training.workdir import prepare_workdir, record_run
+from levattn.training.workdir import locked_workdir, prepare_workdir, record_run
 
 PROFILE_FOLDER = "profile"
 
@@ -38,9 +39,14 @@ _STEPS_BEFORE_PROFILE, _STEPS_PROFILED = 3, 3
 
 
 def train(
-    config: TrainConfig, workdir: str | os.PathLike, *, dry_run: bool = False, profile: bool = False
+    config: TrainConfig,
+    workdir: str | os.PathLike,
+    *,
+    dry_run: bool = False,
+    profile: bool = False,
+    allow_changed: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Trains, evaluates and exports; goes on from the checkpoint in `workdir` if there is one.
+    """Trains, evaluates and exports; goes on from the newest sound checkpoint in `workdir` if there is one.
 
     A run that was stopped and resumed gives the same parameters, bit for bit, as one that was not: randomness
     depends on the seed and the step alone, and the step is also the position in the data.
@@ -48,34 +54,42 @@ def train(
     Args:
       config: The run.
       workdir: Gets `config.json`, `versions.json`, `metrics.jsonl`, TensorBoard files, checkpoints and, at the end,
-        `params.safetensors`.
+        `params.safetensors`. One run at a time.
       dry_run: Stop after opening the data and printing the estimate; nothing is written.
       profile: Write a trace of a few steps to `workdir/profile`.
+      allow_changed: Fields in which the config may differ from that of the checkpoint, see
+        `levattn.training.resume.check_continues`.
 
     Returns:
       The last metrics: `train/...` (absent if no step was left to take) and `eval/...`. Empty after a dry run.
 
     Raises:
       ValueError: Naming what does not fit: batch and devices, classes of data and model, patches and images, the
-        checkpoint to go on from and the config. What was in the workdir stays as it was.
-      OSError: Data or parameters to start from that are missing, a workdir that cannot be written.
+        checkpoint to go on from and the config; or all checkpoints are damaged. What was in the workdir stays as it
+        was.
+      OSError: Data or parameters to start from that are missing, a workdir that cannot be written or is in use, a
+        checkpoint that could not be written.
+      NonFiniteError: A loss or a gradient is not finite, or more often than `config.max_skipped`.
+      Stopped: After SIGTERM, once the step under way has been saved.
     """
+    check_allowed(config, allow_changed)
     run = _prepare(config, Path(workdir))
     workdir = prepare_workdir(workdir, dry_run=dry_run)
     if dry_run:
         return {}
-    teacher = None
-    if config.distill is not None:
-        teacher = load_teacher(config.model, run.plan.params, config.init_from)
-    train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, run.plan, teacher)
-    eval_step = make_eval_step(config, run.model, run.mesh, teacher)
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(locked_workdir(workdir))
+        teacher = None
+        if config.distill is not None:
+            teacher = load_teacher(config.model, run.plan.params, config.init_from)
+        train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, run.plan, teacher)
+        eval_step = make_eval_step(config, run.model, run.mesh, teacher)
         kept = config.checkpoint
         checkpointer = stack.enter_context(
             Checkpointer(workdir / CHECKPOINT_FOLDER, kept.keep_last, kept.keep_best, kept.metric, kept.best_mode)
         )
-        state, start_step, message = _start(config, run, checkpointer, teacher)
+        state, start_step, num_skipped, message = _start(config, run, checkpointer, teacher, allow_changed)
         record_run(workdir, to_dict(config))
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
         progress = stack.enter_context(Progress(run.total_steps, config.batch_size, start_step))
@@ -84,6 +98,8 @@ def train(
         batches = _train_batches(config, run.train_source, start_step)
         stack.callback(batches.close)
         profiler = stack.enter_context(_Profiler(workdir / PROFILE_FOLDER, start_step, enabled=profile))
+        is_told_to_stop = stack.enter_context(StopSignal())
+        in_flight = collections.deque()
 
         def evaluate_now(step: int) -> dict[str, float]:
             with progress.paused():
@@ -94,30 +110,58 @@ def train(
             return metrics
 
         def save(step: int, metrics: dict[str, float] | None) -> None:
-            position = {"examples_seen": step * config.batch_size, "config": to_dict(config)}
-            if teacher is not None:
-                position["teacher"] = teacher.checksum
-            checkpointer.save(step, state, metrics, extra=position)
+            checksum = teacher.checksum if teacher else None
+            record = resume_record(config, step, run.train_source.fingerprint, checksum, num_skipped)
+            checkpointer.save(step, state, metrics, extra=record)
+
+        def settle(num_left: int = 0) -> None:
+            """Waits until no more than some steps are under way, and looks whether those that ended were finite."""
+            nonlocal num_skipped
+            while len(in_flight) > num_left:
+                step, metrics, batch = in_flight.popleft()
+                if not metrics["nonfinite"]:  # waits for the step
+                    continue
+                num_skipped += 1
+                is_skipped = config.nonfinite == "skip" and num_skipped <= config.max_skipped
+                if is_skipped:
+                    progress.log(
+                        f"step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}; update "
+                        f"left out, {num_skipped} of at most {config.max_skipped}"
+                    )
+                    continue
+                found = diagnose(config, run.mesh, state.params, step, put_batch(batch, run.mesh), teacher)
+                why = f"It is one more than max_skipped={config.max_skipped}." if config.nonfinite == "skip" else ""
+                raise stop(workdir, step, metrics, batch["index"], run.train_source.name, found, why)
 
         shown = {}
-        in_flight = collections.deque()
         for step in range(start_step + 1, run.total_steps + 1):
             profiler.before(step)
             # Steps are dispatched ahead, so that the next batch is read and sent while the devices compute. How far
             # ahead is bounded, and with it the memory of waiting batches.
-            state, metrics = train_step(state, put_batch(next(batches), run.mesh))
-            in_flight.append(metrics)
-            if len(in_flight) > _STEPS_IN_FLIGHT:
-                jax.block_until_ready(in_flight.popleft())
+            batch = next(batches)
+            state, metrics = train_step(state, put_batch(batch, run.mesh))
+            metrics["nonfinite"].copy_to_host_async()
+            in_flight.append((step, metrics, batch))
+            settle(_STEPS_IN_FLIGHT)
+            checkpointer.check()
             is_last = step == run.total_steps
             if is_last or step % config.log_every_steps == 0:
-                shown = jax.device_get(metrics)
-                writer.write(step, _prefixed("train", shown | {"images_per_second": progress.update(step, shown)}))
+                settle()
+                shown = {name: value for name, value in jax.device_get(metrics).items() if name != "nonfinite"}
+                rate = progress.update(step, shown)
+                writer.write(step, _prefixed("train", shown | {"images_per_second": rate, "num_skipped": num_skipped}))
             if is_last:
                 break  # evaluated and saved below, as is a run that has no step left to take
-            evaluated = evaluate_now(step) if _is_due(step, config.eval_every_steps) else None
-            if _is_due(step, kept.every_steps) or (evaluated and kept.keep_best):
+            wants_eval, wants_save = _is_due(step, config.eval_every_steps), _is_due(step, kept.every_steps)
+            stops = is_told_to_stop(step)
+            if wants_eval or wants_save or stops:
+                settle()  # what is evaluated and saved is known to be finite
+            evaluated = evaluate_now(step) if wants_eval else None
+            if wants_save or stops or (evaluated and kept.keep_best):
                 save(step, evaluated)
+            if stops:
+                checkpointer.wait()
+                raise Stopped(f"stopped by SIGTERM after step {step} of {run.total_steps}, which is saved")
 
         evaluated = evaluate_now(run.total_steps)
         if checkpointer.latest_step() != run.total_steps:
@@ -176,58 +220,28 @@ def _prepare(config: TrainConfig, workdir: Path) -> _Run:
 
 
 def _start(
-    config: TrainConfig, run: _Run, checkpointer: Checkpointer, teacher: Teacher | None
-) -> tuple[TrainState, int, str]:
-    """The state to go on from, its step and what to say of it: the newest checkpoint, a fine-tuning start, or new."""
-    step = checkpointer.latest_step()
+    config: TrainConfig,
+    run: _Run,
+    checkpointer: Checkpointer,
+    teacher: Teacher | None,
+    allow_changed: Sequence[str],
+) -> tuple[TrainState, int, int, str]:
+    """The state to go on from, its step, the number of steps left out so far, and what to say of it.
+
+    The newest sound checkpoint, a fine-tuning start, or new.
+    """
+    step = checkpointer.newest_sound_step()
     if step is not None:
-        changes = _check_continues(config, run.total_steps, checkpointer, step, teacher)
-        return checkpointer.restore(run.plan), step, f"going on from step {step} of {run.total_steps}{changes}"
+        facts = run.total_steps, run.train_source.fingerprint, teacher.checksum if teacher else None
+        changes = check_continues(config, *facts, checkpointer, step, run.plan, allow_changed)
+        state, num_skipped = checkpointer.restore(run.plan, step), checkpointer.read_extra(step).get("num_skipped", 0)
+        return state, step, num_skipped, f"going on from step {step} of {run.total_steps}{changes}"
     state = create_state(run.init_fn, run.plan, config.seed)
     if config.init_from is None:
-        return state, 0, ""
+        return state, 0, 0, ""
     state, kept = with_params_of(state, config.init_from, config.model)
     exception = f"; {', '.join(kept)}: not there in this shape, left at initial values" if kept else ""
-    return state, 0, f"starting from the parameters of {config.init_from!r}{exception}"
-
-
-def _check_continues(
-    config: TrainConfig, total_steps: int, checkpointer: Checkpointer, step: int, teacher: Teacher | None
-) -> str:
-    """Refuses to go on from a checkpoint as another run than it was saved by; returns the other changes, to be shown.
-
-    What the step stands for, the data seen so far, depends on the seed, the batch size and the data.
-    """
-    where = f"the checkpoint of step {step} in {str(checkpointer.directory)!r}"
-    if step > total_steps:
-        raise ValueError(
-            f"{where} is past {total_steps=}: set a larger total_steps (or total_epochs), or use another workdir"
-        )
-    extra = checkpointer.read_extra(step) or {}
-    if teacher is not None and extra.get("teacher", teacher.checksum) != teacher.checksum:
-        raise ValueError(
-            f"{where} learned from another teacher than the parameters in init_from={config.init_from!r}: put the file "
-            "back that the run started from, or use another workdir"
-        )
-    saved = extra.get("config", {})
-    if saved and ("teacher" in extra) != (teacher is not None):
-        raise ValueError(
-            f"{where} is of a run {'with' if 'teacher' in extra else 'without'} distill: use another workdir"
-        )
-    old, new = (flatten_dict(json.loads(json.dumps(fields)), sep=".") for fields in (saved, to_dict(config)))
-    # A field that only one of them has came or went with a version of this package: unknown, not changed.
-    changed = {name: f"{name}: {old[name]} -> {new[name]}" for name in old if name in new and old[name] != new[name]}
-    refused = [
-        line
-        for name, line in changed.items()
-        if name.partition(".")[0] in ("seed", "batch_size", "model", "data", "distill") and name != "data.num_workers"
-    ]
-    if refused:
-        raise ValueError(
-            "\n  ".join([f"{where} is of a run with another config:", *refused])
-            + "\nUse another workdir; with init_from it can start from the parameters of a finished run."
-        )
-    return f", with changed {', '.join(changed.values())}" if changed else ""
+    return state, 0, 0, f"starting from the parameters of {config.init_from!r}{exception}"
 
 
 def _train_batches(config: TrainConfig, source: Source, start_step: int):

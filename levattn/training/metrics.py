@@ -21,12 +21,15 @@ from levattn.training.workdir import atomic_path
 
 METRICS_FILE = "metrics.jsonl"
 
+_FLUSH_S = 30
+
 
 class MetricWriter:
     """Writes metrics from process 0; on the others it does nothing.
 
     A run that goes on from a checkpoint repeats the steps after it: their old lines are dropped, so that the file has
-    each step once. A sink that fails (disk full, no TensorBoard) warns once, and training goes on.
+    each step once. A sink that fails (disk full, no TensorBoard) warns once, and training goes on; TensorBoard is not
+    tried again then, `metrics.jsonl` is with every line.
 
     Args:
       workdir: Folder of the run, which exists.
@@ -46,10 +49,8 @@ class MetricWriter:
         self._sinks[METRICS_FILE] = self._write_line
         if tensorboard:
             with self._guard("TensorBoard"):
-                from tensorboardX import SummaryWriter  # half a second to import
-
-                self._tensorboard = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=start_step + 1)
-                self._sinks["TensorBoard"] = self._write_event
+                self._tensorboard = _EventFile(Path(workdir) / "tensorboard", purge_step=start_step + 1)
+                self._sinks["TensorBoard"] = self._tensorboard.write
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Records numbers of a step. What is not finite is null in the file, as JSON has no NaN.
@@ -61,13 +62,15 @@ class MetricWriter:
         if not self._sinks:
             return
         values = {name: np.asarray(value).item() for name, value in metrics.items()}
-        for name, sink in self._sinks.items():
+        for name, sink in list(self._sinks.items()):
             with self._guard(name):
                 sink(step, values)
+        if "TensorBoard" in self._failed:  # a torn event is the last that its readers see
+            self._sinks.pop("TensorBoard", None)
 
     def close(self) -> None:
         """Flushes and closes TensorBoard's file."""
-        if self._tensorboard is not None:
+        if "TensorBoard" in self._sinks:
             with self._guard("TensorBoard"):
                 self._tensorboard.close()
 
@@ -76,10 +79,6 @@ class MetricWriter:
         line = json.dumps({"step": step, "time": round(time.time(), 3), **finite}, allow_nan=False)
         with self._path.open("a") as file:  # opened anew each time: survives a disk that comes and goes
             file.write(line + "\n")
-
-    def _write_event(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
 
     @contextlib.contextmanager
     def _guard(self, name: str) -> Iterator[None]:
@@ -93,6 +92,35 @@ class MetricWriter:
                     RuntimeWarning,
                     stacklevel=4,
                 )
+
+
+class _EventFile:
+    """TensorBoard's file, written here and now: tensorboardX's own `SummaryWriter` queues events for a thread, and
+    waits for ever once a full disk has ended that thread."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        from tensorboardX import summary  # half a second to import
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._summary, self._event, self._last_flush = summary, Event, time.monotonic()
+        self._writer = EventsWriter(str(folder / "events"))
+        # Readers drop what an earlier file says of steps from here on.
+        start = Event(wall_time=time.time(), step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._writer.write_event(start)
+        self._writer.flush()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            scalar = self._summary.scalar(name, value)
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=scalar))
+        if time.monotonic() - self._last_flush > _FLUSH_S:
+            self._last_flush = time.monotonic()
+            self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _drop_after(path: Path, start_step: int) -> None:

@@ -2,30 +2,38 @@
 
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax.traverse_util import unflatten_dict
 
 from levattn.data import open_source, output_shape
-from levattn.models.pretrained import Preprocess, Pretrained, convert, read_content, with_image_size
+from levattn.models.pretrained import Preprocess, Pretrained, convert, nest, read_content, with_image_size
 from levattn.training.config import TrainConfig, from_config_dict
+from levattn.training.export import check_own
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, OWN_RESIZE, own_params
 from levattn.training.trained import load_trained
 from levattn.training.workdir import VERSIONS_FILE
 
 
 def load_pretrained(
-    path: str | os.PathLike, *, image_size: int | None = None, allow_zero_head: bool = False
+    path: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    allow_zero_head: bool = False,
+    arch: str | None = None,
 ) -> Pretrained:
     """A trained model: its configuration, parameters and the input it expects.
 
     Args:
       path: The workdir of a run of this project, finished or not; a file that a run exported; or a checkpoint that
-        others published, as a file or a folder (see `levattn.models.pretrained.read_pretrained`).
+        others published, as a file, a folder, or the `owner/name` of a repository in the download cache of Hugging Face
+        (see `levattn.models.pretrained.read_pretrained`). Nothing is downloaded.
       image_size: Side in pixels of the images to come, if not as trained: position embeddings are resized.
       allow_zero_head: Take a published head that is all zeros.
+      arch: Name of the published model that tells heads, activation and preprocessing, such as
+        "deit_small_patch16_224" for what was fine-tuned from it; where neither a config nor the file's name does.
 
     Returns:
       The model and what belongs to it. A run's keeps the attention it was trained with; a published one's is dense.
@@ -33,16 +41,51 @@ def load_pretrained(
     Raises:
       FileNotFoundError: There is nothing to read.
       ValueError: It cannot be read, or does not fit; with the next step.
+
+    Warns:
+      UserWarning: Something was guessed, or chosen; `Pretrained.guessed` and `Pretrained.notes`.
     """
+    pretrained = read_any(path, image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
+    remarks = list(pretrained.notes)
+    if pretrained.guessed:
+        remarks.append(
+            f"no config and no published name tells its {', '.join(pretrained.guessed)}: guessed. Keep its config.json "
+            "beside the file, or (timm, transformers ViT, open_clip) name the published model that it was trained as, "
+            "as in arch='deit_small_patch16_224'"
+        )
+    if remarks:
+        warnings.warn(f"{os.fspath(path)!r}: {'; '.join(remarks)}", stacklevel=2)
+    return pretrained
+
+
+def read_any(
+    path: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    allow_zero_head: bool = False,
+    arch: str | None = None,
+) -> Pretrained:
+    """`load_pretrained` without its warnings."""
     path = Path(path).expanduser()
     if any((path / name).exists() for name in (EXPORT_FILE, CHECKPOINT_FOLDER, VERSIONS_FILE)):
+        refuse_arch(arch, path)
         config, params = load_trained(path)
         return _of_run(config, jax.device_get(params), path.absolute().name, image_size)
     content = read_content(path)
     params, config = own_params(content)
     if config is None:
-        return convert(content, image_size=image_size, allow_zero_head=allow_zero_head)
-    return _of_run(from_config_dict(TrainConfig, config), unflatten_dict(params, sep="/"), content.name, image_size)
+        return convert(content, image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
+    refuse_arch(arch, path)
+    config = from_config_dict(TrainConfig, config, name=f"the config in {str(content.path)!r}")
+    params = nest(params, repr(str(content.path)))
+    check_own(config, params)
+    return _of_run(config, params, content.name, image_size)
+
+
+def refuse_arch(arch: str | None, path: Path) -> None:
+    """Raises a ValueError for the name of a published model beside one of this project."""
+    if arch is not None:
+        raise ValueError(f"{arch=} tells nothing of {str(path)!r}, a model of this project: its config does")
 
 
 def _of_run(config: TrainConfig, params: dict[str, Any], name: str, image_size: int | None) -> Pretrained:

@@ -32,9 +32,9 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds the jitted step: normalise, MixUp, forward, loss, gradients, clip, update, average.
 
-    The batch is global, so a mean over it is already the mean over devices and processes; the compiler adds the
-    communication. Gradients are accumulated over `config.accumulate_steps` microbatches of equal size, so their mean
-    is that of the whole batch.
+    A step whose loss, gradient norm or norm of new parameters is not finite changes neither parameters nor anything
+    else that is learned. With `config.nonfinite` "skip" the next step goes on from there; with "stop" the state is
+    marked (`step` becomes `~step`, which is negative) and stays as it is, whatever steps are dispatched behind it.
 
     Args:
       config: The run.
@@ -46,27 +46,82 @@ def make_train_step(
 
     Returns:
       A function from the state, which it consumes, and a batch of `put_batch` to the new state and the metrics:
-      loss, accuracy (of a classifier, against the unmixed labels), grad_norm (before clipping), param_norm and
-      learning_rate; with a teacher also each part of the loss, as loss_logits and the like.
+      loss, accuracy (of a classifier, against the unmixed labels), grad_norm (before clipping), param_norm (after the
+      update, left out or not), learning_rate and nonfinite (whether it was left out); with a teacher also each part of
+      the loss, as loss_logits and the like.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, plan)
     mesh = plan.step.sharding.mesh
+    gradient_fn = make_gradient_fn(config, model, mesh, teacher)
+
+    def train_step(state: TrainState, batch: Batch, teacher_params: PyTree) -> tuple[TrainState, Metrics]:
+        grads, metrics = gradient_fn(state, batch, teacher_params)
+        # Infinite, too, where squares of finite gradients are past float32: an update by them would be one by zero.
+        grad_norm = optax.tree.norm(grads)
+        new_state = state.apply_gradients(grads, tx, config.ema_decay)
+        param_norm = optax.tree.norm(new_state.params)
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
+        new_state = _guarded(state, new_state, is_finite, config.nonfinite)
+        metrics |= {
+            "grad_norm": grad_norm,
+            "param_norm": param_norm,
+            "learning_rate": schedule_fn(state.step),
+            "nonfinite": ~is_finite,
+        }
+        return new_state, metrics
+
+    step_fn = jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(shardings, batch_sharding(mesh), shardings.params if teacher else None),
+        out_shardings=(shardings, replicated(mesh)),
+    )
+    # An argument, as a constant of the program would be copied to every device and into the compiled code.
+    teacher_params = teacher.params if teacher else None
+    return lambda state, batch: step_fn(state, batch, teacher_params)
+
+
+def make_gradient_fn(
+    config: TrainConfig, model: nn.Module, mesh: Mesh, teacher: Teacher | None = None, apply_fn: Callable | None = None
+) -> Callable[[TrainState, Batch, PyTree], tuple[PyTree, Metrics]]:
+    """The part of a step before the update, to be traced: gradients of a batch, and loss and accuracy.
+
+    The batch is global, so a mean over it is already the mean over devices and processes; the compiler adds the
+    communication. Gradients are accumulated over `config.accumulate_steps` microbatches of equal size, so their mean
+    is that of the whole batch. Rows whose `mask` is 0, where a batch has one, have no part in loss, gradients, accuracy
+    and MixUp: means are over the others.
+
+    Args:
+      config: The run.
+      model: As for `make_train_step`.
+      mesh: Over which the batch is split.
+      teacher: As for `make_train_step`.
+      apply_fn: In place of `model.apply`; returns its outputs and more metrics, which are averaged as the loss is.
+
+    Returns:
+      A function from the state, the batch and the parameters of the teacher to the gradients and the metrics.
+    """
     num_micro = config.accumulate_steps
     num_classes = config.model.num_classes
     seed = config.seed
+    apply_fn = apply_fn or (lambda *args, **kwargs: (model.apply(*args, **kwargs), {}))
 
-    def loss_fn(params, teacher_params, images, targets, labels, key):
+    def loss_fn(params, teacher_params, images, targets, labels, weights, key):
+        def mean(rows):
+            return (rows if weights is None else rows * weights).mean()
+
         rngs = dict(zip(("dropout", "selection"), jax.random.split(key), strict=True))
-        outputs = model.apply({"params": params}, images, train=True, rngs=rngs, return_features=True)
-        metrics = {"accuracy": (outputs[0].argmax(-1) == labels).mean()} if config.is_classifier else {}
+        outputs, metrics = apply_fn({"params": params}, images, train=True, rngs=rngs, return_features=True)
+        if config.is_classifier:
+            metrics |= {"accuracy": mean(outputs[0].argmax(-1) == labels)}
         if config.distill is None:
-            loss = cross_entropy(outputs[0], targets, config.loss.kind).mean()
+            loss = mean(cross_entropy(outputs[0], targets, config.loss.kind))
             return loss, {"loss": loss} | metrics
         taught = teacher.model.apply({"params": teacher_params}, images, return_features=True)
         parts = distill_losses(config.distill, outputs, taught)
         if config.distill.weight_labels:
             parts["labels"] = cross_entropy(outputs[0], targets, config.loss.kind)
-        parts = {name: part.mean() for name, part in parts.items()}
+        parts = {name: mean(part) for name, part in parts.items()}
         loss = weighted_sum(config.distill, parts)
         return loss, {"loss": loss} | metrics | {f"loss_{name}": part for name, part in parts.items()}
 
@@ -84,14 +139,14 @@ def make_train_step(
         def add(total, micro):
             return jax.tree.map(jnp.add, total, grad_fn(params, teacher_params, *micro)), None
 
-        micro = (*(split(rows) for rows in batch), jax.random.split(key, num_micro))
+        micro = (*jax.tree.map(split, batch), jax.random.split(key, num_micro))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad_fn, params, teacher_params, *batch, key)
         )
         total, _ = jax.lax.scan(add, zeros, micro)
         return jax.tree.map(lambda x: x / num_micro, total)
 
-    def train_step(state: TrainState, batch: Batch, teacher_params: PyTree) -> tuple[TrainState, Metrics]:
+    def gradients(state: TrainState, batch: Batch, teacher_params: PyTree) -> tuple[PyTree, Metrics]:
         mixup_key, model_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
         labels = batch["label"]
         images = normalize(batch["image"], config.data)
@@ -99,25 +154,30 @@ def make_train_step(
             targets = smooth_targets(labels, num_classes, config.loss.label_smoothing)
         else:  # nothing looks at them
             targets = jnp.zeros((len(labels), 1))
-        images, targets = mixup(mixup_key, images, targets, config.loss.mixup_alpha)
-        grads, metrics = accumulate(state.params, teacher_params, model_key, images, targets, labels)
-        new_state = state.apply_gradients(grads, tx, config.ema_decay)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(new_state.params),
-            "learning_rate": schedule_fn(state.step),
-        }
-        return new_state, metrics
+        mixed = mixup(mixup_key, images, targets, config.loss.mixup_alpha)
+        mask, weights = batch.get("mask"), None
+        if mask is not None:
+            alone = jnp.roll(mask, 1) == 0  # the neighbour is no image to mix with
+            mixed = [
+                jnp.where(jnp.expand_dims(alone, range(1, own.ndim)), own, both)
+                for own, both in zip((images, targets), mixed, strict=True)
+            ]
+            weights = mask / jnp.maximum(mask.mean(), 1 / len(mask))  # a mean of these is one over the rows that count
+        return accumulate(state.params, teacher_params, model_key, *mixed, labels, weights)
 
-    step_fn = jax.jit(
-        train_step,
-        donate_argnums=0,
-        in_shardings=(shardings, batch_sharding(mesh), shardings.params if teacher else None),
-        out_shardings=(shardings, replicated(mesh)),
-    )
-    # An argument, as a constant of the program would be copied to every device and into the compiled code.
-    teacher_params = teacher.params if teacher else None
-    return lambda state, batch: step_fn(state, batch, teacher_params)
+    return gradients
+
+
+def _guarded(old: TrainState, new: TrainState, is_finite: jax.Array, mode: str) -> TrainState:
+    """`new`, or where it would not be finite `old`: a step further in mode "skip", marked in mode "stop"."""
+    if mode == "skip":
+        left_out = old.step + 1
+    else:
+        is_marked = old.step < 0
+        left_out = jnp.where(is_marked, old.step, ~old.step)
+        is_finite &= ~is_marked
+    chosen = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
+    return chosen.replace(step=jnp.where(is_finite, new.step, left_out))
 
 
 def make_eval_step(

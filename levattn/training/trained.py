@@ -10,7 +10,7 @@ from levattn.data import open_source, output_shape
 from levattn.models import ModelConfig, ViT
 from levattn.training.checkpoint import Checkpointer
 from levattn.training.config import TrainConfig, from_config_dict
-from levattn.training.export import load_params
+from levattn.training.export import check_own, load_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.workdir import read_config
 
@@ -27,7 +27,7 @@ def load_trained(path: str | os.PathLike) -> tuple[TrainConfig, PyTree]:
 
     Raises:
       FileNotFoundError: There is no run at `path`.
-      ValueError: A file without the config that made it.
+      ValueError: A file without the config that made it, or whose parameters are not those of that config's model.
     """
     path = Path(path)
     if path.is_dir() and not (path / EXPORT_FILE).exists():
@@ -38,7 +38,9 @@ def load_trained(path: str | os.PathLike) -> tuple[TrainConfig, PyTree]:
     params, config = load_params(file)
     if not config:
         raise ValueError(f"checkpoint={str(file)!r} holds no config: it was not exported by a run of train.py")
-    return from_config_dict(TrainConfig, config), params
+    config = from_config_dict(TrainConfig, config, name=f"the config in {str(file)!r}")
+    check_own(config, params)
+    return config, params
 
 
 def _load_checkpoint(workdir: Path) -> tuple[TrainConfig, PyTree]:

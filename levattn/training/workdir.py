@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,12 @@ import jax
 
 CONFIG_FILE = "config.json"
 VERSIONS_FILE = "versions.json"
+LOCK_FILE = ".lock"
 _PACKAGES = ("levattn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class WorkdirInUseError(OSError):
+    """Another run is writing to the same workdir."""
 
 
 def prepare_workdir(path: str | os.PathLike, flag: str = "workdir", *, dry_run: bool = False) -> Path:
@@ -49,6 +56,48 @@ def prepare_workdir(path: str | os.PathLike, flag: str = "workdir", *, dry_run: 
             f"give --{flag} a folder that you own, on a disk with free space"
         ) from error
     return path
+
+
+@contextlib.contextmanager
+def locked_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+    """Keeps other runs out of a workdir. Of the processes of one run, process 0 holds the lock for all.
+
+    The lock is the kernel's (flock): it ends with the process that holds it, however that ends, and nothing is left to
+    clean up. Other hosts see it where the file system passes locks on, as NFS and Lustre commonly do.
+
+    Args:
+      workdir: From `prepare_workdir`.
+
+    Raises:
+      WorkdirInUseError: Another run holds the lock; says which process, since when, and on what host.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    with (Path(workdir) / LOCK_FILE).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "that does not say who it is"
+            raise WorkdirInUseError(
+                f"workdir {str(workdir)!r} is in use by another run ({holder}): wait for it or stop it, or give "
+                "--workdir another folder"
+            ) from error
+        except OSError as error:
+            warnings.warn(
+                f"the file system of {str(workdir)!r} has no locks ({error}): make sure that no other run writes there",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()} since {started}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)  # the file stays: a lock on a file that is removed keeps nobody out
 
 
 def record_run(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -119,8 +168,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)  # the new name, too
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(path: str | os.PathLike) -> None:
+    """Returns when the names in a folder are on disk, where the file system can say so."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no fsync of folders
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _umask() -> int:

@@ -41,7 +41,8 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Example:
+        """One example; raises an ImageError that names it when it cannot be read."""
 
     @abstractmethod
     def describe(self, index: int) -> str:

@@ -1,6 +1,7 @@
 """Fashion-MNIST (Xiao et al., 2017): 60,000 + 10,000 grey 28x28 images, in the idx files it is published in."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ _CLASS_NAMES = (
     "Bag",
     "Ankle boot",
 )
+_MAX_IDX_BYTES = 2**29
 _DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -55,18 +57,24 @@ def open_fashion_mnist(argument: str, split: Split) -> Source:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Reads an idx file of unsigned bytes, gzipped or not.
+    """Reads an idx file of unsigned bytes, gzipped or not; no more of it than its header speaks of.
 
     Raises:
-      ValueError: naming the file, when it is damaged or of another type.
+      ValueError: naming the file, when it is damaged, of another type, or larger than 512 MiB.
     """
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, dtype, num_axes = struct.unpack_from(">HBB", data)
-        shape = struct.unpack_from(f">{num_axes}I", data, 4)
-        if (zeros, dtype) != (0, 8):
-            raise ValueError("not an idx file of unsigned bytes")
-        return np.frombuffer(data, np.uint8, offset=4 + 4 * num_axes).reshape(shape)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            zeros, dtype, num_axes = struct.unpack(">HBB", file.read(4))
+            if (zeros, dtype) != (0, 8):
+                raise ValueError("not an idx file of unsigned bytes")
+            shape = struct.unpack(f">{num_axes}I", file.read(4 * num_axes))
+            size = math.prod(shape)
+            if size > _MAX_IDX_BYTES:
+                raise ValueError(f"{shape} is more than {_MAX_IDX_BYTES:,} bytes")
+            data = file.read(size + 1)
+        if len(data) != size:
+            raise ValueError(f"{shape} needs {size:,} bytes, and it has {'more' if len(data) > size else len(data)}")
+        return np.frombuffer(data, np.uint8).reshape(shape)
     except (OSError, EOFError, zlib.error, struct.error, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch it again") from error
 

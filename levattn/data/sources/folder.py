@@ -10,6 +10,7 @@ import numpy as np
 
 from levattn.data.errors import unknown_name
 from levattn.data.sources.base import Example, Source
+from levattn.data.sources.files import read_image_file
 from levattn.data.splits import Split
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -29,15 +30,18 @@ class FolderSource(Source):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Example:
-        with open(os.path.join(self.root, self.files[index]), "rb") as file:
-            return {"image": file.read(), "label": int(self.labels[index])}
+        return {"image": read_image_file(self.describe(index)), "label": int(self.labels[index])}
 
     def describe(self, index: int) -> str:
         return os.path.join(self.root, self.files[index])
 
     def _facts(self) -> Iterator[bytes]:
-        for name in self.files:
-            yield f"{name} {os.path.getsize(os.path.join(self.root, name))}".encode()
+        for index, name in enumerate(self.files):
+            try:
+                size = os.path.getsize(self.describe(index))
+            except OSError:
+                size = None
+            yield os.fsencode(f"{name} {size}")
 
 
 def open_folder(argument: str, split: Split) -> FolderSource:
@@ -47,6 +51,12 @@ def open_folder(argument: str, split: Split) -> FolderSource:
     the only one there is); the classes are those of train/. Without, all of PATH is "train", and slices make the rest:
     `train[:90%]` and `train[90%:]`. Classes are sorted by name. Examples are in a fixed order that mixes the classes
     (by a hash of the file name), so that a slice is a fair sample.
+
+    Links to folders are followed. Every name of an image counts as an example, whether it can be read or not.
+
+    Raises:
+      ValueError: a link to a folder leads back into itself, or that of a class nowhere; no classes, no images.
+      OSError: a folder is missing or cannot be read.
     """
     root = Path(argument).expanduser()
     if not argument or not root.is_dir():
@@ -77,7 +87,7 @@ def open_folder(argument: str, split: Split) -> FolderSource:
 
 def mixed_order(examples: list[tuple[str, int]]) -> list[tuple[str, int]]:
     """Pairs of a file name and a label, by a hash of the name: always the same, and with the classes mixed."""
-    return sorted(examples, key=lambda example: hashlib.blake2b(example[0].encode()).digest())
+    return sorted(examples, key=lambda example: hashlib.blake2b(os.fsencode(example[0])).digest())
 
 
 def _split_folder(root: Path, name: str, has_splits: bool) -> str:
@@ -95,21 +105,43 @@ def _split_folder(root: Path, name: str, has_splits: bool) -> str:
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = []
+    with os.scandir(folder) as scan:
+        entries = list(scan)
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry):
+            raise ValueError(f"source='folder:{folder}': {entry.path} is a link that leads nowhere; mend or remove it")
+        if entry.is_dir() and not entry.name.startswith("."):
+            names.append(entry.name)
     if not names:
         raise ValueError(
-            f"source='folder:{folder}': it has no subfolders, and needs one folder of images for each class"
+            f"source='folder:{folder}': it has no subfolders, and needs one folder of images for each class; images "
+            "without classes go into one subfolder, which is enough for what needs no labels"
         )
-    return tuple(names)
+    return tuple(sorted(names))
 
 
 def _image_files(folder: Path) -> list[str]:
-    files = []
-    for parent, _, names in os.walk(folder):
-        inner = os.path.relpath(parent, folder)
-        files += [
-            name if inner == "." else f"{inner}/{name}"
-            for name in names
-            if name.lower().endswith(_SUFFIXES) and not name.startswith(".")
-        ]
+    """Names of the images below a folder; none where there is no such folder."""
+    files, pending = [], [("", frozenset())] if folder.is_dir() else []
+    while pending:
+        inner, above = pending.pop()
+        path = folder / inner
+        status = os.stat(path)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            raise ValueError(f"source='folder:{folder}': {path} is a link to a folder that it lies in; remove it")
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    pending.append((f"{inner}{entry.name}/", above | {here}))
+                elif entry.name.lower().endswith(_SUFFIXES) and not entry.name.startswith("."):
+                    files.append(inner + entry.name)
     return files
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link to itself.
+        return False

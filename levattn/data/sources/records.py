@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from levattn.data.errors import unknown_name
+from levattn.data.errors import ImageError, unknown_name
 from levattn.data.sources.base import Example, Source
 from levattn.data.splits import Split
 
@@ -24,7 +24,10 @@ class RecordSource(Source):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
+        try:
+            record = self.records[index]
+        except (RuntimeError, ValueError, LookupError, OSError) as error:  # the checksums of the file do not hold
+            raise ImageError(f"{self.describe(index)}: {error}; prepare the set again") from error
         return {"image": bytes(record["image"]), "label": int(record["label"])}
 
     def describe(self, index: int) -> str:

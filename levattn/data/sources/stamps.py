@@ -1,12 +1,12 @@
 """Photographs of Debian's tuxpaint-stamps-default: small, labelled by folder, and an `apt-get install` away."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from levattn.data.decode import check_size, convert_image
 from levattn.data.errors import ImageError, unknown_name
 from levattn.data.sources.base import Example
 from levattn.data.sources.folder import FolderSource, mixed_order
@@ -32,13 +32,9 @@ class StampSource(FolderSource):
     def __getitem__(self, index: int) -> Example:
         example = super().__getitem__(index)
         try:
-            stamp = Image.open(io.BytesIO(example["image"])).convert("RGBA")
-        except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for damaged files
+            return example | {"image": convert_image(example["image"], _on_white_square)}
+        except ImageError as error:
             raise ImageError(f"{self.describe(index)}: {error}; install tuxpaint-stamps-default again") from error
-        side = max(stamp.size)
-        square = Image.new("RGBA", (side, side), "white")
-        square.alpha_composite(stamp, ((side - stamp.width) // 2, (side - stamp.height) // 2))
-        return example | {"image": np.asarray(square.convert("RGB"))}
 
 
 def open_stamps(argument: str, split: Split) -> StampSource:
@@ -85,6 +81,14 @@ def open_stamps(argument: str, split: Split) -> StampSource:
         files=tuple(file for file, _ in examples),
         labels=np.array([label for _, label in examples], np.int32),
     )
+
+
+def _on_white_square(stamp: Image.Image) -> np.ndarray:
+    side = max(stamp.size)
+    check_size(side, side)
+    square = Image.new("RGBA", (side, side), "white")
+    square.alpha_composite(stamp.convert("RGBA"), ((side - stamp.width) // 2, (side - stamp.height) // 2))
+    return np.asarray(square.convert("RGB"))
 
 
 def _photographs(root: Path, category: str) -> list[str]:

@@ -36,6 +36,7 @@ class Names:
       scales: In a block: LayerScale after attention and after the MLP; may be missing.
       pre_norm: LayerNorm before the first block; None: there is none.
       last_norm: LayerNorm after the last.
+      class_position: Whether the class token has a position in every model of the family.
     """
 
     patches: str
@@ -50,6 +51,7 @@ class Names:
     more_tokens: tuple[str, ...] = ()
     scales: tuple[str, str] | None = None
     pre_norm: str | None = None
+    class_position: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,7 @@ def read_encoder(
     *,
     at: str = "",
     num_heads: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     qkv_bias: bool | None = None,
     swiglu: bool = False,
 ) -> Encoder:
@@ -91,6 +94,7 @@ def read_encoder(
       names: What the family calls them.
       at: Before each of these names.
       num_heads: None: as models of this width are published, with heads 64 wide for most.
+      image_size: In the config: the side of images in pixels, or height and width; None: by the number of positions.
       qkv_bias: Whether queries, keys and values have biases; None: if any block has.
       swiglu: The first layer of the MLPs is twice as wide, a gate and what it gates.
 
@@ -113,7 +117,8 @@ def read_encoder(
     fields = size_fields(**sizes)
 
     params = patch_embedding(tensors, at + names.patches, "embedding", bias=names.pre_norm is None)
-    tokens, positions, side = _tokens(tensors, names, at, width)
+    side = None if image_size is None else square_side(image_size) // patch
+    tokens, positions, side = _tokens(tensors, names, at, width, side)
     if names.class_token:
         params["cls"] = tokens.pop(names.class_token)
     params["pos_embedding"] = positions
@@ -145,8 +150,22 @@ def read_encoder(
     return Encoder(fields, params, tokens, width, num_heads, sizes["mlp_dim"], patch * side)
 
 
-def _tokens(tensors: Tensors, names: Names, at: str, width: int) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Tokens before the patches, positions of the patches, and the side of their grid.
+def square_side(image_size: int | Sequence[int]) -> int:
+    """The side of square images, of a number in a config or of several.
+
+    Raises:
+      ValueError: They are not square.
+    """
+    sides = {image_size} if isinstance(image_size, int) else set(image_size)
+    if len(sides) != 1 or min(sides) < 1:
+        raise ValueError(f"image_size={image_size} in the config: only models of square images are read")
+    return sides.pop()
+
+
+def _tokens(
+    tensors: Tensors, names: Names, at: str, width: int, side: int | None
+) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
+    """Tokens before the patches, positions of the patches, and the side of their grid, which may be known.
 
     A position that is counted for a token is added to it: one parameter does the work of both.
     """
@@ -154,13 +173,14 @@ def _tokens(tensors: Tensors, names: Names, at: str, width: int) -> tuple[dict[s
     own = ([names.class_token] if names.class_token else []) + optional
     tokens = {name: _rows(tensors, at + name, width) for name in own}
     positions = _rows(tensors, at + names.positions, width)
-    side = math.isqrt(positions.shape[1])
+    told, side = side, side or math.isqrt(positions.shape[1])
     num_before = positions.shape[1] - side**2
     ends = np.cumsum([0, *(token.shape[1] for token in tokens.values())])
-    if num_before not in ends:
+    if num_before not in ends[1 if names.class_position and names.class_token else 0 :]:
+        what = f"{side} x {side} patches, as image_size in the config has it," if told else "a square of patches"
         raise ValueError(
-            f"{at}{names.positions} has {positions.shape[1]} positions, which is no square of patches after the tokens "
-            f"{own}: only models of square images are read"
+            f"{at}{names.positions} has {positions.shape[1]} positions, which are not those of {what} and of the "
+            f"tokens {own} before them: only models of square images are read"
         )
     for name, start, end in zip(own, ends[:-1], ends[1:], strict=True):
         if end <= num_before:

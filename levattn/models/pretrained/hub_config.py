@@ -1,6 +1,7 @@
 """What Hugging Face keeps in JSON beside the weights, in the terms of this project."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,10 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu",
     "quick_gelu": "quick_gelu",
 }
+# Repositories whose models are what the defaults of the layouts say; OpenAI's alone among those of CLIP.
+_PUBLISHED = re.compile(
+    r"^(vit|deit)-\w+(-distilled)?-patch\d+|^clip-vit-(base|large)-patch\d+|^siglip2?-\w+-patch\d+|^vit-mae-|^dino-vit"
+)
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # as Pillow numbers them
 
 
@@ -23,6 +28,25 @@ def vision_config(content: Content) -> Mapping[str, Any]:
     """The `config.json` of the image tower; empty if there is none."""
     config = content.metadata.get("config", {})
     return config.get("vision_config") or config
+
+
+def guesses(content: Content, *, preprocessing: bool = True) -> list[str]:
+    """What neither the config nor the name of the repository tells, in the terms of `Pretrained.guessed`.
+
+    Args:
+      content: Of the checkpoint.
+      preprocessing: Whether models of this layout differ in mean, std and resize.
+    """
+    if _PUBLISHED.search(content.hint.lower()):
+        return []
+    config, missing = vision_config(content), []
+    # In a config as the library saves it what is missing is as the library has it by default.
+    if not {"model_type", "architectures"} & content.metadata.get("config", {}).keys():
+        told = {"heads": "num_attention_heads", "activation": "hidden_act"}
+        missing = [what for what, key in told.items() if key not in config]
+    if preprocessing and "preprocessor" not in content.metadata:
+        missing += ["mean and std", "resize"]
+    return missing
 
 
 def untold_fields(content: Content, *, activation: str, eps: float) -> dict[str, Any]:

@@ -3,21 +3,32 @@
 import dataclasses
 import math
 import os
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from levattn.models.config import patch_grid
+from levattn.models.config import ModelConfig, patch_grid
 from levattn.models.pretrained.files import read_content
 from levattn.models.pretrained.layout import Content, Layout, Pretrained
 from levattn.models.pretrained.layouts import LAYOUTS
 from levattn.models.pretrained.posemb import Resize, resize_positions
 from levattn.models.pretrained.shapes import param_shapes
-from levattn.models.pretrained.tensors import Tensors
+from levattn.models.pretrained.tensors import Tensors, find_nonfinite
+
+# What training code puts before all names: wrappers of models, and the attribute that holds one.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
+# Where an average of the weights over training stands beside them.
+_AVERAGES = ("ema_model.module.", "ema_model.", "model_ema.module.", "model_ema.", "ema.module.", "ema.")
 
 
 def read_pretrained(
-    path: str | os.PathLike, *, image_size: int | None = None, allow_zero_head: bool = False
+    path: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    allow_zero_head: bool = False,
+    arch: str | None = None,
 ) -> Pretrained:
     """Reads a checkpoint that somebody else published.
 
@@ -29,6 +40,8 @@ def read_pretrained(
       image_size: Side in pixels of the images to come, if not as published: position embeddings are resized as the
         family's own code does it, and the preprocessing in proportion.
       allow_zero_head: Take a head that is all zeros, which is published where there is no trained one.
+      arch: Name of the published model that tells what tensors leave open, such as "deit_small_patch16_224" for what
+        was fine-tuned from it. It goes before a config and before the name of the file.
 
     Returns:
       The model with dense attention, its parameters as NumPy arrays in float32, and the input it expects.
@@ -37,14 +50,31 @@ def read_pretrained(
       FileNotFoundError: There is nothing to read.
       ValueError: Not a checkpoint that is known here, or one that does not fit the model it is of; lists all of that.
     """
-    return convert(read_content(path), image_size=image_size, allow_zero_head=allow_zero_head)
+    return convert(read_content(path), image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
 
 
-def convert(content: Content, *, image_size: int | None = None, allow_zero_head: bool = False) -> Pretrained:
+def convert(
+    content: Content, *, image_size: int | None = None, allow_zero_head: bool = False, arch: str | None = None
+) -> Pretrained:
     """`read_pretrained` from where the file has been read."""
+    arrays, notes = _without_wrappers(content.arrays)
+    content = dataclasses.replace(content, arrays=arrays, arch=arch)
     layout = _layout_of(content)
+    if arch is not None and not layout.takes_arch:
+        raise ValueError(
+            f"{str(content.path)!r}: {arch=} tells nothing of a model of {layout.name}; its file and the config.json "
+            "beside it do"
+        )
     tensors = Tensors(content.arrays)
-    model, params, preprocess, head = layout.convert(tensors, content)
+    if len(weights := content.metadata.get("training", {}).get("weights", [])) > 1:
+        notes.append(f"it holds weights under {', '.join(weights)}: those under {weights[0]} are read")
+    try:
+        model, params, preprocess, head = layout.convert(tensors, content)
+    except (AttributeError, LookupError, TypeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{str(content.path)!r}: recognised as {layout.name}, but its tensors or the JSON beside it are not of the "
+            f"form that these have there: {type(error).__name__}: {error}"
+        ) from error
     tensors.finish(layout.name)
     zero = [name for name in ("head/kernel", "head_dist/kernel") if name in params and not np.any(params[name])]
     if zero and not allow_zero_head:
@@ -53,10 +83,45 @@ def convert(content: Content, *, image_size: int | None = None, allow_zero_head:
             "published for fine-tuning, without a trained head. Take one that was fine-tuned, or allow_zero_head=True "
             "for its features"
         )
-    pretrained = Pretrained(model, unflatten_dict(params, sep="/"), preprocess, head, layout.name, content.name)
+    pretrained = Pretrained(
+        model,
+        unflatten_dict(params, sep="/"),
+        preprocess,
+        head,
+        layout.name,
+        content.name,
+        tuple(tensors.guessed),
+        tuple(notes),
+    )
     pretrained = with_image_size(pretrained, image_size or preprocess.image_size, layout.resize)
-    _check(pretrained)
+    recognised = f"recognised as {layout.name}"
+    check_params(pretrained.model, pretrained.params, pretrained.preprocess.image_size, recognised)
     return pretrained
+
+
+def _without_wrappers(arrays: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], list[str]]:
+    """The tensors without what training code put before all names; of two sets of weights the average alone."""
+    notes = []
+    while True:
+        average = next((average for average in _AVERAGES if _is_average(average, arrays)), None)
+        if average:
+            notes.append(f"it holds the weights twice: those averaged over training, under {average!r}, are read")
+            arrays = {name: array for name, array in arrays.items() if name.startswith(average)}
+        wrapper = average or _wrapper(arrays)
+        if not wrapper:
+            return arrays, notes
+        arrays = {name.removeprefix(wrapper): array for name, array in arrays.items()}
+
+
+def _is_average(prefix: str, names: Collection[str]) -> bool:
+    """Whether all weights that are not behind the prefix are behind it as well."""
+    averaged = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    others = {name for name in names if not name.startswith(prefix.partition(".")[0] + ".")}
+    return bool(averaged and others) and averaged >= {name.removeprefix(_wrapper(others)) for name in others}
+
+
+def _wrapper(names: Collection[str]) -> str:
+    return next((prefix for prefix in _WRAPPERS if names and all(name.startswith(prefix) for name in names)), "")
 
 
 def with_image_size(pretrained: Pretrained, image_size: int, method: Resize) -> Pretrained:
@@ -94,11 +159,25 @@ def _layout_of(content: Content) -> Layout:
     )
 
 
-def _check(pretrained: Pretrained) -> None:
-    """Raises, once, whatever keeps the parameters from being those of the model."""
-    params = flatten_dict(pretrained.params, sep="/")
-    kernel = params.get("embedding/kernel", np.zeros((0, 0, 3)))
-    shapes = param_shapes(pretrained.model, pretrained.preprocess.image_size, kernel.shape[2])
+def check_params(model: ModelConfig, params: Mapping[str, Any], image_size: int, what: str) -> None:
+    """Refuses parameters that are not those of a model, or not finite.
+
+    Args:
+      model: Of which they are to be.
+      params: Nested, arrays of NumPy.
+      image_size: Side in pixels of the images that the position embeddings are for.
+      what: Begins the message.
+
+    Raises:
+      ValueError: Listing everything that is missing, not in the model, misshapen, NaN or infinite.
+    """
+    params = flatten_dict(params, sep="/")
+    kernel = params.get("embedding/kernel")
+    channels = kernel.shape[2] if getattr(kernel, "ndim", 0) == 4 else 3
+    try:
+        shapes = param_shapes(model, image_size, channels)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"{what}, but no arrays can have the sizes of {model}: {error}") from error
     problems = []
     for name in shapes | params:
         if name not in params:
@@ -107,6 +186,7 @@ def _check(pretrained: Pretrained) -> None:
             problems.append(f"{name} {params[name].shape} is not in the model")
         elif params[name].shape != shapes[name]:
             problems.append(f"{name} is {params[name].shape}, not {shapes[name]}")
+        elif problem := find_nonfinite(params[name]):
+            problems.append(f"{name} {problem}")
     if problems:
-        what = f"recognised as {pretrained.layout}, but the parameters do not fit the model {pretrained.model}:"
-        raise ValueError("\n  ".join([what, *problems]))
+        raise ValueError("\n  ".join([f"{what}, but the parameters do not fit the model {model}:", *problems]))

@@ -1,6 +1,7 @@
 """The weights in an ONNX file, under the names that they had in the PyTorch model it was exported from."""
 
 import collections
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     Raises:
       ImportError: The package onnx is not installed.
-      ValueError: Not an ONNX file.
+      ValueError: Not an ONNX file, or one whose tensors lie in other files.
     """
     try:
         import onnx
@@ -38,9 +39,17 @@ def read_onnx(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     except ImportError as error:
         raise ImportError(f"{str(path)!r} needs the package onnx: pip install -r requirements-onnx.txt") from error
     try:
-        graph = onnx.load(path).graph
+        graph = onnx.load(path, load_external_data=False).graph  # a path in the file could lead to any file
     except DecodeError as error:
         raise ValueError(f"no ONNX model: {error}") from error
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            raise ValueError(
+                f"tensor {tensor.name!r} lies in another file, which is not opened: put all into one by "
+                "`onnx.save(onnx.load(path), new_path)`"
+            )
+        if min(tensor.dims, default=0) < 0 or math.prod(tensor.dims) > 8 * tensor.ByteSize():  # a bit a number at least
+            raise ValueError(f"tensor {tensor.name!r} of shape {[*tensor.dims]} has {tensor.ByteSize():,} bytes")
 
     stored = _real({tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer})
     arrays = {name: array for name, array in stored.items() if not _GENERATED.fullmatch(name)}

@@ -1,9 +1,12 @@
 """Learned position embeddings on another grid of patches, exactly as the code resizes them that they come from."""
 
+import math
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
+
+_MAX_NUMBERS = 2**26  # In float64 half a GiB; ViT-G/14 at 2,000 x 2,000 pixels has half of that.
 
 Resize = Literal["bicubic", "bicubic_antialias", "bilinear_corners"]
 
@@ -21,9 +24,14 @@ def resize_positions(
 
     Returns:
       Embeddings of the new grid in the dtype of the old; the same array if the grids are equal.
+
+    Raises:
+      ValueError: They would take more than half a GiB in float64.
     """
     if old_grid == new_grid:
         return positions
+    if math.prod(new_grid) * positions.shape[-1] > _MAX_NUMBERS:
+        raise ValueError(f"position embeddings of {new_grid} patches are too many: take a smaller image_size")
     grid = positions.reshape(*old_grid, -1).astype(np.float64)
     rows, columns = (resize_matrix(old, new, method) for old, new in zip(old_grid, new_grid, strict=True))
     resized = np.einsum("ij,jkc->ikc", rows, np.einsum("lk,jkc->jlc", columns, grid))

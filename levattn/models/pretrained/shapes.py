@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from flax.traverse_util import flatten_dict
 
-from levattn.models.config import ModelConfig
+from levattn.models.config import MAX_DEPTH, ModelConfig
 from levattn.models.variants import SIZES, Variant, decode
 from levattn.models.vit import ViT
 
@@ -27,7 +27,13 @@ def param_shapes(model: ModelConfig, image_size: int, channels: int = 3) -> dict
 
 
 def size_fields(*, width: int, depth: int, mlp_dim: int, num_heads: int, patch: int) -> dict[str, Any]:
-    """The fields of a `ModelConfig` with these sizes: a named variant where there is one, else overrides of B."""
+    """The fields of a `ModelConfig` with these sizes: a named variant where there is one, else overrides of B.
+
+    Raises:
+      ValueError: No encoder is as deep as that.
+    """
+    if not 0 < depth <= MAX_DEPTH:
+        raise ValueError(f"{depth=}, by the numbers of its blocks, must be from 1 to {MAX_DEPTH}")
     dims = Variant(width, depth, mlp_dim, num_heads, patch)
     for size in SIZES:
         if decode(f"{size}/{patch}") == dims:

@@ -2,11 +2,14 @@
 
 Such a file is a zip archive: the numbers as raw bytes, and a pickle that says which bytes make which tensor. A pickle
 is a program. This reader hands it nothing to call but what rebuilds tensors, and inert stand-ins for a few types that
-training scripts leave beside them; a file that asks for anything else is refused before it gets it.
+training scripts leave beside them; a file that asks for anything else is refused before it gets it. What would make the
+interpreter of pickles allocate more than the file holds is looked for before it starts.
 """
 
 import collections
+import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+
+from levattn.models.pretrained.archive import open_archive
 
 _STORAGES = {
     "torch.DoubleStorage": np.float64,
@@ -45,38 +50,64 @@ _BESIDE = {
 # Where training scripts keep the weights that they evaluate: averaged ones first.
 _WRAPPERS = ("model_ema", "state_dict_ema", "teacher", "target_encoder", "state_dict", "model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+_PLAIN = (str, int, float)
+# No tensor needs these: buffers allocated by a number in the file, and numbers for classes known elsewhere.
+_REFUSED_OPCODES = {"BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "EXT1", "EXT2", "EXT4"}
+_MAX_PICKLE_BYTES = 2**26
+# Of the tree of names. Dicts in dicts that share their parts can be a tree far larger than the file.
+_MAX_NODES, _MAX_DEPTH, _MAX_NAME = 200_000, 100, 10_000
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of `read_training` alone."""
+    return read_training(path)[0]
+
+
+def read_training(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a file of `torch.save` or `torch.jit.save`, under the names of its state dict.
 
     Where a training script saved more, the weights are looked for under "model_ema", "state_dict", "model" and the
-    like; everything that is not a tensor is left out.
+    like.
 
     Args:
       path: A zip archive.
 
     Returns:
-      Names to arrays, in the dtypes of the file; bfloat16 is that of JAX.
+      Names to arrays, in the dtypes of the file; bfloat16 is that of JAX. And what lies beside them, as far as it is
+      text, numbers and such in lists and dicts: the name of the model under "arch", the script's options under "args",
+      and the path to the weights under "weights", where there are others.
 
     Raises:
       ValueError: A damaged file, a pickle that asks for more than tensors need, or no tensors.
     """
-    with zipfile.ZipFile(path) as archive:
+    with open_archive(path) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") <= 1 and name.endswith("data.pkl")]
         if len(pickles) != 1:
             raise ValueError("a zip archive without the data.pkl of torch.save")
         try:
-            with archive.open(pickles[0]) as file:
-                saved = _Unpickler(file, archive, pickles[0].removesuffix("data.pkl")).load()
+            pickled = _read_pickle(archive, pickles[0])
+            saved = _Unpickler(pickled, archive, pickles[0].removesuffix("data.pkl")).load()
+            arrays = _strip_wrappers(_flatten(_unwrap(saved)))
+            told = _told(saved)
         except (ValueError, zipfile.BadZipFile):
             raise
         except Exception as error:  # a pickle can go wrong in any way
             raise ValueError(f"its pickle is damaged: {error!r}") from error
-    arrays = _strip_wrappers(_flatten(_unwrap(saved)))
     if not arrays:
         raise ValueError(f"it holds no tensors but a {type(saved).__name__}; save the model's state_dict()")
-    return arrays
+    return arrays, told
+
+
+def _read_pickle(archive: zipfile.ZipFile, name: str) -> io.BytesIO:
+    """A pickle whose opcodes allocate no more than it has bytes, as far as the interpreter takes the file's word."""
+    if archive.getinfo(name).file_size > _MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle is larger than {_MAX_PICKLE_BYTES:,} bytes: save the model's state_dict() alone")
+    data = archive.read(name)
+    for opcode, argument, position in pickletools.genops(data):  # refuses strings longer than the file
+        # The interpreter makes its memo as long as the largest number in it.
+        if opcode.name in _REFUSED_OPCODES or (opcode.name.endswith("PUT") and argument > position):
+            raise ValueError(f"its pickle has {opcode.name} {argument} at byte {position}, which no tensor needs")
+    return io.BytesIO(data)
 
 
 class _Inert:
@@ -106,6 +137,7 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, file, archive: zipfile.ZipFile, root: str):
         super().__init__(file)
         self._archive, self._root = archive, root
+        self._is_big_endian = root + "byteorder" in archive.NameToInfo and archive.read(root + "byteorder") == b"big"
         self._storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -133,11 +165,8 @@ class _Unpickler(pickle.Unpickler):
             raise ValueError(f"a storage of kind {storage_type!r} is not known here")
         if key not in self._storages:
             dtype = np.dtype(_STORAGES[storage_type])
-            data = self._archive.read(f"{self._root}data/{key}")
-            if self._root + "byteorder" in self._archive.namelist():
-                big = self._archive.read(self._root + "byteorder") == b"big"
-                dtype = dtype.newbyteorder(">") if big else dtype
-            self._storages[key] = np.frombuffer(data, dtype)
+            dtype = dtype.newbyteorder(">") if self._is_big_endian else dtype
+            self._storages[key] = np.frombuffer(self._archive.read(f"{self._root}data/{key}"), dtype)
         if len(self._storages[key]) < numel:
             raise ValueError(f"storage {key} holds {len(self._storages[key])} numbers, not {numel}")
         return self._storages[key]
@@ -163,16 +192,48 @@ def _unwrap(saved: Any) -> Any:
     return saved
 
 
-def _flatten(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
-    """The tensors in dicts and TorchScript modules, nested or not, under names joined by dots."""
-    if isinstance(tree, _Tensor):
-        return {prefix.removesuffix("."): tree.array}
-    items = tree.state if isinstance(tree, _Inert) else tree
-    if not isinstance(items, Mapping):
+def _told(saved: Any) -> dict[str, Any]:
+    """What a training script says of the weights that it saved."""
+    if not isinstance(saved, Mapping):
         return {}
-    flat = {}
-    for name, value in items.items():
-        flat |= _flatten(value, f"{prefix}{name}.")
+    told = {"arch": saved["arch"]} if isinstance(saved.get("arch"), str) else {}
+    args = saved.get("args")
+    args = args.state if isinstance(args, _Inert) else args
+    if isinstance(args, Mapping):
+        told["args"] = {name: _plain(value) for name, value in args.items() if isinstance(name, str)}
+    inside = {name: saved[name] for name in _WRAPPERS if isinstance(saved.get(name), Mapping)}
+    weights = [name for name, tree in inside.items() if any(isinstance(leaf, _Tensor) for leaf in tree.values())]
+    return told | ({"weights": weights} if len(weights) > 1 else {})
+
+
+def _plain(value: Any) -> Any:
+    """Text, a number, or a list or dict of such; None in place of anything else."""
+    if isinstance(value, Mapping):
+        return {name: inner for name, inner in value.items() if isinstance(inner, _PLAIN) and isinstance(name, str)}
+    if isinstance(value, list | tuple):
+        return [inner for inner in value if isinstance(inner, _PLAIN)]
+    return value if isinstance(value, _PLAIN) else None
+
+
+def _flatten(tree: Any) -> dict[str, np.ndarray]:
+    """The tensors in dicts and TorchScript modules, nested or not, under names joined by dots.
+
+    Raises:
+      ValueError: For a tree that is endless, or too large to have been meant.
+    """
+    flat, pending, num_nodes = {}, [("", 0, tree)], 0
+    while pending:
+        name, depth, node = pending.pop()
+        num_nodes += 1
+        if num_nodes > _MAX_NODES or depth > _MAX_DEPTH or len(name) > _MAX_NAME:
+            raise ValueError("it nests dicts deeper, or in more ways, than any model has parts")
+        if isinstance(node, _Tensor):
+            flat[name] = node.array
+            continue
+        items = node.state if isinstance(node, _Inert) else node
+        if isinstance(items, Mapping):
+            below = [(f"{name}.{key}" if depth else f"{key}", depth + 1, value) for key, value in items.items()]
+            pending += reversed(below)
     return flat
 
 

@@ -1,12 +1,13 @@
 """The image towers of CLIP (transformers, open_clip, OpenAI's own files) and of SigLIP (transformers)."""
 
 import re
+from typing import Any
 
 import numpy as np
 
 from levattn.models.config import ModelConfig
 from levattn.models.pretrained.encoder import Names, attention, layer_norm, mlp, read_encoder
-from levattn.models.pretrained.hub_config import CLIP, read_preprocess, untold_fields, vision_config
+from levattn.models.pretrained.hub_config import CLIP, guesses, read_preprocess, untold_fields, vision_config
 from levattn.models.pretrained.layout import Content, Layout, Preprocess
 from levattn.models.pretrained.tensors import Tensors
 
@@ -48,6 +49,14 @@ _QUICK_GELU = re.compile(
 )
 
 
+_OPEN_CLIP_TAG = re.compile(r"laion|datacomp|commonpool|metaclip|dfn|webli|yfcc|cc12m|mobileclip", re.IGNORECASE)
+
+
+def _told(content: Content) -> dict[str, Any]:
+    config = vision_config(content)
+    return {"num_heads": config.get("num_attention_heads"), "image_size": config.get("image_size")}
+
+
 def _prefix(content: Content, mark: str) -> str | None:
     """What precedes `mark` in the file: a tower stands alone or in a model of two."""
     return next((at for at in ("vision_model.", "visual.", "") if at + mark in content.arrays), None)
@@ -62,7 +71,14 @@ def convert_clip(tensors: Tensors, content: Content) -> Converted:
     """See `Layout`. The head is the projection into the space that images and texts share, where the file has it."""
     at = _prefix(content, "pre_layrnorm.weight")
     tensors.ignore(*_OF_OTHER_TOWERS)
-    encoder = read_encoder(tensors, _TRANSFORMERS, at=at, num_heads=vision_config(content).get("num_attention_heads"))
+    if "classifier.weight" in tensors:
+        raise ValueError(
+            f"{str(content.path)!r} is a CLIPForImageClassification, which averages patches that went through no last "
+            "LayerNorm, as no model of this project does: for the features of its encoder take the tensors of its "
+            "vision_model alone"
+        )
+    encoder = read_encoder(tensors, _TRANSFORMERS, at=at, **_told(content))
+    tensors.guess(*guesses(content, preprocessing=False))
     fields = encoder.fields | untold_fields(content, activation="quick_gelu", eps=1e-5)
     params, classes = dict(encoder.params), 0
     if "visual_projection.weight" in tensors:
@@ -83,11 +99,14 @@ def convert_open_clip(tensors: Tensors, content: Content) -> Converted:
     tower = config.get("vision_cfg", {})
     tensors.ignore(*(name for name in content.arrays if not name.startswith("visual.")))
     num_heads = tower["width"] // tower.get("head_width", 64) if "width" in tower else None
-    encoder = read_encoder(tensors, _OPEN_CLIP, at="visual.", num_heads=num_heads)
+    size = tower.get("image_size")
+    encoder = read_encoder(tensors, _OPEN_CLIP, at="visual.", num_heads=num_heads, image_size=size)
     # OpenAI's own files go by names that tell nothing, but hold the size of images as a number.
-    quick = "input_resolution" in tensors or _QUICK_GELU.search(content.name)
+    quick = "input_resolution" in tensors or _QUICK_GELU.search(content.hint)
     if config:
         quick = config.get("quick_gelu")
+    elif not quick and not _OPEN_CLIP_TAG.search(content.hint):
+        tensors.guess("heads", "activation")
     fields = encoder.fields | {"activation": "quick_gelu" if quick else "gelu_exact", "layer_norm_eps": 1e-5}
     params, classes = dict(encoder.params), 0
     if "visual.proj" in tensors:
@@ -113,7 +132,8 @@ def convert_siglip(tensors: Tensors, content: Content) -> Converted:
     """See `Layout`. Its features, pooled by attention, are what it compares with those of texts."""
     at = _prefix(content, "head.probe")
     tensors.ignore(*_OF_OTHER_TOWERS)
-    encoder = read_encoder(tensors, _SIGLIP, at=at, num_heads=vision_config(content).get("num_attention_heads"))
+    encoder = read_encoder(tensors, _SIGLIP, at=at, **_told(content))
+    tensors.guess(*guesses(content, preprocessing=False))
     width, source, target = encoder.width, f"{at}head.", "MAPHead_0/"
     params = encoder.params | {f"{target}probe": tensors.take(f"{source}probe", (1, 1, width))}
     attention_names = [f"{source}attention.in_proj_"], f"{source}attention.out_proj"
@@ -129,6 +149,6 @@ def convert_siglip(tensors: Tensors, content: Content) -> Converted:
 
 LAYOUTS = (
     Layout("transformers CLIP", is_clip, convert_clip),
-    Layout("open_clip", is_open_clip, convert_open_clip, resize="bicubic_antialias"),
+    Layout("open_clip", is_open_clip, convert_open_clip, "bicubic_antialias", takes_arch=True),
     Layout("transformers SigLIP", is_siglip, convert_siglip),
 )

@@ -71,7 +71,8 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
     gated = [mlp for mlp in _GATED_MLPS if f"{at}{names.layer}0.{mlp[0]}.weight" in tensors]
     if gated:
         names = dataclasses.replace(names, mlp=gated[0])
-    told = {"num_heads": config.get("num_attention_heads"), "qkv_bias": config.get("qkv_bias")}
+    told = {"num_heads": "num_attention_heads", "image_size": "image_size", "qkv_bias": "qkv_bias"}
+    told = {ours: config.get(theirs) for ours, theirs in told.items()}
     encoder = read_encoder(tensors, names, at=at, swiglu=bool(gated), **told)
 
     fields = encoder.fields | untold_fields(content, activation="gelu", eps=1e-6) | {"pool": "cls", "num_classes": 0}

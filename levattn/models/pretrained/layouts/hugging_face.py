@@ -6,7 +6,7 @@ import numpy as np
 
 from levattn.models.config import ModelConfig
 from levattn.models.pretrained.encoder import Names, dense, read_encoder
-from levattn.models.pretrained.hub_config import IMAGENET, read_preprocess, untold_fields, vision_config
+from levattn.models.pretrained.hub_config import IMAGENET, guesses, read_preprocess, untold_fields, vision_config
 from levattn.models.pretrained.layout import Content, Layout, Preprocess
 from levattn.models.pretrained.tensors import Tensors
 
@@ -38,7 +38,7 @@ def _find(content: Content) -> tuple[str, Names] | None:
     for names in (_NAMES, _MODULES):
         mark = f"{names.layer}0.{names.norms[0]}.weight"
         for name in content.arrays:
-            if name.endswith(mark):
+            if name.endswith(mark) and not name.startswith("decoder."):  # of MAE, whose decoder is no encoder
                 return name.removesuffix(mark), names
     return None
 
@@ -47,8 +47,10 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
     """See `Layout`. The head is the classifier; both of a distilled DeiT; else the tanh layer of a pooler."""
     config = vision_config(content)
     at, names = _find(content)
-    told = {"num_heads": config.get("num_attention_heads"), "qkv_bias": config.get("qkv_bias")}
-    encoder = read_encoder(tensors, names, at=at, **told)
+    told = {"num_heads": "num_attention_heads", "image_size": "image_size", "qkv_bias": "qkv_bias"}
+    encoder = read_encoder(tensors, names, at=at, **{ours: config.get(theirs) for ours, theirs in told.items()})
+    marks = f"{at} {config.get('model_type')} {content.hint.lower()}"
+    tensors.guess(*guesses(content))
     tensors.ignore("*.mask_token", "decoder.*")  # of pretraining by masked patches
 
     fields = encoder.fields | untold_fields(content, activation="gelu", eps=1e-12) | {"num_classes": 0}
@@ -72,9 +74,9 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
     model = ModelConfig(pool="cls", **fields)
     size = encoder.image_size
     default = Preprocess(size, size, "bilinear")
-    if any("deit" in text for text in (at, config.get("model_type", ""), content.name.lower())):
+    if "deit" in marks or "vit_mae" in marks or "vit-mae" in marks:
         default = Preprocess(size, size * 8 // 7, "bicubic", **IMAGENET)
     return model, params, read_preprocess(content, default, model.dims.patch), head
 
 
-LAYOUT = Layout("transformers ViT", lambda content: _find(content) is not None, convert)
+LAYOUT = Layout("transformers ViT", lambda content: _find(content) is not None, convert, takes_arch=True)

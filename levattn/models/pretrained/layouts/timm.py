@@ -1,7 +1,8 @@
 """State dicts of timm's VisionTransformer, which DeiT, DINO, MAE and MoCo v3 name their parameters after too.
 
-Names and shapes do not tell the number of heads, the activation and the normalisation of images: these come from timm's
-`config.json` beside the file where it is, and else from the model's name, as timm's own definitions have them.
+Names and shapes do not tell the number of heads, the activation and the normalisation of images. These come, the first
+that there is, from the name of a published model that is given, from timm's `config.json` beside the file, from what a
+training script left beside the weights, and from the name of the file, as timm's own definitions have them.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from levattn.models.config import ModelConfig
-from levattn.models.pretrained.encoder import Names, attention, dense, layer_norm, mlp, read_encoder
+from levattn.models.pretrained.encoder import Names, attention, dense, layer_norm, mlp, read_encoder, square_side
 from levattn.models.pretrained.hub_config import CLIP, IMAGENET
 from levattn.models.pretrained.layout import Content, Layout, Preprocess
 from levattn.models.pretrained.tensors import Tensors
@@ -20,6 +21,11 @@ from levattn.models.pretrained.tensors import Tensors
 _PATCHES = "patch_embed.proj.weight"
 # Of a model and its moving average in one file, the one that is evaluated.
 _PREFERRED = ("base_encoder.", "teacher.")
+# Names of which the patterns below tell all that is to be told: timm's, and those that the authors' files go by.
+_PUBLISHED = re.compile(
+    r"(vit|deit3?|eva)_\w*patch\d+|flexivit_(small|base|large)|test_vit|deit_3_|mae_(pretrain|finetuned)_vit|dino_(deit|vit)"
+)
+_WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
 _OTHER_TASKS = ("mask_token", "decoder_*")
 
 _HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -30,6 +36,20 @@ _NORMALISATIONS = (  # the first pattern that the name holds
     (r"dino|deit|mae\b|mae_|moco|ijepa|intern", IMAGENET),
     ("", _HALF),
 )
+# Share of the short side that is cut out, the first pattern that the name holds; None: by the size of images.
+_CROPS = (
+    (r"miil", 0.875),
+    (r"so400m_patch14_siglip_gap_(378\.webli|384|448|896)|siglip_378\.webli_ft_in1k", 1.0),
+    (r"siglip", 0.9),
+    (r"so150m2", 1.0),
+    (r"flexivit|test_vit|_gap_256\.(sbb|sw)|medium_patch16_gap_(240|384)", 0.95),
+    (r"base_patch16_clip_224\.\w+_ft_in12k_in1k|base_patch\d+_clip_384\.openai_ft_in12k_in1k", 0.95),
+    (r"base_patch16_clip_(quickgelu_)?224\.(openai|laion2b_ft_in12k$)|tinyclip", 0.9),
+    (r"base_patch32_clip_(quickgelu_)?224\.(openai|laion)", 0.9),
+    (r"clip_|deit3\w*\.fb_in22k_ft_in1k|dinov2|tips|bamboo|eva_large|radio", 1.0),
+    (r"$", None),
+)
+_PROJECTIONS = (512, 640, 768, 896, 1024, 1152, 1280, 1664)  # Widths of what CLIP compares images and texts by.
 # Weights that OpenAI, Meta and Apple trained with quick GELU, under names of timm whose models have the exact one.
 _QUICK_GELU = (
     r"quickgelu|_clip_\d+\.(openai|metaclip_400m|metaclip_2pt5b|dfn5b)$|huge_patch14_clip_224\.metaclip2_worldwide$"
@@ -61,15 +81,20 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
     """See `Layout`. What lies beside the image encoder (a text tower, a projector, a momentum copy) is left out."""
     at = _prefix(content)
     config, name = _config(content)
+    _check_arch(tensors, at, content)
     _refuse(tensors, at, content, config, name)
     tensors.ignore(*(at + pattern for pattern in _OTHER_TASKS))
     tensors.ignore(*(other for other in content.arrays if not other.startswith(at)))
 
-    names, num_heads = _names(tensors, at), config.get("model_args", {}).get("num_heads")
+    args = config.get("model_args", {})
+    names, num_heads = _names(tensors, at), args.get("num_heads")
     num_heads = num_heads or next((heads for pattern, heads in _HEADS if re.search(pattern, name)), None)
     first, second = (tensors.shape(f"{at}blocks.0.{layer}.weight") for layer in names.mlp)
     swiglu = first[0] == 2 * second[1]
-    encoder = read_encoder(tensors, names, at=at, num_heads=num_heads, swiglu=swiglu)
+    size = args.get("img_size")
+    encoder = read_encoder(tensors, names, at=at, num_heads=num_heads, image_size=size, swiglu=swiglu)
+    if not _PUBLISHED.search(name):
+        tensors.guess(*_guesses(config, name, swiglu=swiglu))
     params, width = dict(encoder.params), encoder.width
     fields = encoder.fields | {
         "activation": "swiglu" if swiglu else _activation(config, name),
@@ -96,8 +121,12 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
     if f"{at}head.weight" in tensors:
         fields["num_classes"] = tensors.shape(f"{at}head.weight")[0]
         params |= dense(tensors, f"{at}head", "head", fields.get("rep_size", width), fields["num_classes"])
-        # Towers of CLIP have their projection there, to which timm gives a bias of zeros.
-        head = "projection" if names.pre_norm and not np.any(params["head/bias"]) else "classifier"
+        # Towers of CLIP have their projection there, to which timm gives a bias of zeros; so may a classifier.
+        head = "classifier"
+        if names.pre_norm and not np.any(params["head/bias"]) and _projects(fields["num_classes"], name):
+            head = "projection"
+            if not _PUBLISHED.search(name):
+                tensors.guess("head")
     if f"{at}head_dist.weight" in tensors:
         params |= dense(tensors, f"{at}head_dist", "head_dist", width, fields["num_classes"])
     return ModelConfig(**fields), params, _preprocess(encoder.image_size, config, name), head
@@ -117,6 +146,7 @@ def _names(tensors: Tensors, at: str) -> Names:
         mlp=("mlp.fc1", "mlp.fc2"),
         scales=("gamma_1", "gamma_2") if deit3 else ("ls1.gamma", "ls2.gamma"),
         pre_norm="norm_pre" if f"{at}norm_pre.weight" in tensors else None,
+        class_position=False,
         last_norm="fc_norm" if f"{at}fc_norm.weight" in tensors else "norm",
     )
 
@@ -149,8 +179,9 @@ def _activation(config: Mapping[str, Any], name: str) -> str:
 def _preprocess(image_size: int, config: Mapping[str, Any], name: str) -> Preprocess:
     trained = next(both for pattern, both in _NORMALISATIONS if re.search(pattern, name))
     trained = trained | config.get("pretrained_cfg", config)
-    input_size = trained.get("input_size", (3, image_size, image_size))[-1]
-    crop_share = trained.get("crop_pct") or (0.9 if input_size < 256 else 1.0)
+    input_size = square_side(trained.get("input_size", (3, image_size, image_size))[1:])
+    by_name = next(share for pattern, share in _CROPS if re.search(pattern, name))
+    crop_share = trained.get("crop_pct") or by_name or (0.9 if input_size < 256 else 1.0)
     bilinear = trained.get("interpolation", "bilinear" if "miil" in name else "bicubic") == "bilinear"
     return Preprocess(
         image_size=image_size,
@@ -163,11 +194,68 @@ def _preprocess(image_size: int, config: Mapping[str, Any], name: str) -> Prepro
 
 def _config(content: Content) -> tuple[Mapping[str, Any], str]:
     """timm's own config, and the model's name as "architecture.tag", or what the file is called."""
+    if content.arch:
+        return {}, content.arch.rpartition("/")[2]
     config = content.metadata.get("config", {})
     if "architecture" not in config and "model_args" not in config:
-        return {}, content.name
+        return _left_by_training(content)
     tag = config.get("pretrained_cfg", config).get("tag")
     return config, ".".join(filter(None, (config.get("architecture", content.name), tag)))
+
+
+def _left_by_training(content: Content) -> tuple[Mapping[str, Any], str]:
+    """What a training script saved beside the weights, in the form of a `config.json`; the name that it says."""
+    training = content.metadata.get("training", {})
+    args = training.get("args", {})
+    name = next(
+        (name for name in (training.get("arch"), args.get("model")) if name and _PUBLISHED.search(str(name))),
+        content.name,
+    )
+    cfg = {key: args[key] for key in ("mean", "std", "crop_pct", "interpolation", "input_size") if args.get(key)}
+    if cfg.get("interpolation") == "random":  # of training alone
+        del cfg["interpolation"]
+    if not isinstance(cfg.get("input_size"), list):  # DeiT's own script has a number
+        cfg.pop("input_size", None)
+    config = {"model_args": args.get("model_kwargs") or {}, "pretrained_cfg": cfg} if args else {}
+    return config, str(name).rpartition("/")[2]
+
+
+def _guesses(config: Mapping[str, Any], name: str, *, swiglu: bool) -> list[str]:
+    """What no published name tells, and the config does not either."""
+    if "architecture" in config:
+        return []
+    args, cfg = config.get("model_args", {}), config.get("pretrained_cfg", config)
+    told = {
+        "heads": "num_heads" in args,
+        "activation": swiglu or "act_layer" in args,
+        "mean and std": cfg.keys() >= {"mean", "std"},
+        "resize": cfg.keys() >= {"crop_pct", "interpolation"},
+    }
+    return [what for what, is_told in told.items() if not is_told]
+
+
+def _projects(num_outputs: int, name: str) -> bool:
+    return num_outputs in _PROJECTIONS and not re.search(r"_ft_in\d", name)
+
+
+def _check_arch(tensors: Tensors, at: str, content: Content) -> None:
+    """Refuses the name of a model that is not that in the file, as far as the name tells."""
+    if not content.arch:
+        return
+    if not _PUBLISHED.search(content.arch):
+        raise ValueError(
+            f"arch={content.arch!r} is no published model's name, such as 'deit_small_patch16_224.fb_in1k'"
+        )
+    width, _, patch, _ = tensors.shape(at + _PATCHES)
+    sizes = [(r"patch(\d+)", int, patch, "patches of {} pixels")]
+    sizes.append((r"(?:vit|deit3?)_([a-z]+)_", lambda size: _WIDTHS.get(size, width), width, "tokens {} wide"))
+    for pattern, number_of, found, what in sizes:
+        told = re.search(pattern, content.arch)
+        if told and number_of(told[1]) != found:
+            raise ValueError(
+                f"arch={content.arch!r} has {what.format(number_of(told[1]))}, and {str(content.path)!r} has "
+                f"{what.format(found)}: name the model that it was trained as"
+            )
 
 
 def _global_pool(config: Mapping[str, Any]) -> str | None:
@@ -209,4 +297,4 @@ def _prefix(content: Content) -> str | None:
     return found[0] if found else None
 
 
-LAYOUT = Layout("timm", lambda content: _prefix(content) is not None, convert, resize="bicubic_antialias")
+LAYOUT = Layout("timm", lambda content: _prefix(content) is not None, convert, "bicubic_antialias", takes_arch=True)
