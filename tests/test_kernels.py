@@ -155,7 +155,7 @@ def test_chosen_keys_are_those_of_float64():
 def test_what_kernels_do_not_take_is_said_and_refused(options, dtype, mask, said):
     query = key = value = jnp.ones((1, 20, 1, 16), dtype)
     spec = AttentionSpec(**({"method": "leverage", "k": 4, "implementation": "pallas"} | options))
-    assert said in why_not(query, key, spec, mask)
+    assert said in why_not(query, key, value, spec, mask)
     with pytest.raises(ValueError, match="implementation='pallas'"):
         lev_attention(query, key, value, spec, mask=mask)
     if spec.k <= 20:

@@ -17,6 +17,7 @@ _MAX_KEPT = 128  # weights of so many keys fit the registers
 def why_not(
     query: Float[Array, "B T H D"],
     key: Float[Array, "B S H D"],
+    value: Float[Array, "B S H D"],
     spec: AttentionSpec,
     mask: Bool[Array, "B S"] | None = None,
 ) -> str | None:
@@ -35,8 +36,8 @@ def why_not(
             return f"{field}={getattr(spec, field)} is not {plain}"
     if mask is not None:
         return "there is a mask"
-    if query.dtype != jnp.bfloat16 or key.dtype != jnp.bfloat16:
-        return f"queries and keys are {query.dtype} and {key.dtype}, not bfloat16"
+    if any(x.dtype != jnp.bfloat16 for x in (query, key, value)):
+        return f"queries, keys and values are {query.dtype}, {key.dtype} and {value.dtype}, not bfloat16"
     if head_dim not in (16, 32, 64, 128):
         return f"the head width {head_dim} is not 16, 32, 64 or 128"
     if spec.k > _MAX_KEPT:
@@ -44,7 +45,7 @@ def why_not(
     return None
 
 
-def takes(query, key, spec: AttentionSpec, mask=None) -> bool:
+def takes(query, key, value, spec: AttentionSpec, mask=None) -> bool:
     """Whether `lev_attention` goes through the kernels.
 
     With implementation="auto" that is where they pay: on a single GPU. Over several devices a program is split by the
@@ -55,7 +56,7 @@ def takes(query, key, spec: AttentionSpec, mask=None) -> bool:
     """
     if spec.implementation == "xla":
         return False
-    reason = why_not(query, key, spec, mask)
+    reason = why_not(query, key, value, spec, mask)
     if spec.implementation == "pallas" and reason is not None:
         raise ValueError(f"implementation='pallas' must be 'auto' or 'xla' here: {reason}")
     return reason is None and (

@@ -62,7 +62,7 @@ def lev_attention(
         return attend_causal(query, key, value, spec, mask=mask)
     if spec.method == "dense" and spec.power is None:
         return attend_dense(query, key, value, mask)
-    if takes(query, key, spec, mask):
+    if takes(query, key, value, spec, mask):
         return attend_fused(query, key, value, spec, grid=grid, rng=rng)
     coreset = choose_coreset(query, key, value, spec, mask=mask, grid=grid, rng=rng)
     spec = _settled(spec, key.shape[1], grid)

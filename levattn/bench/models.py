@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from levattn.bench.timing import sample
 from levattn.data import DataConfig
 from levattn.models import ModelConfig, ViT
 from levattn.training.config import MeshConfig, OptimizerConfig, TrainConfig
@@ -77,7 +77,7 @@ def time_forward(model: ModelConfig, case: Case, *, repeats: int = 7, calls: int
             out = forward(params, images)
         jax.block_until_ready(out)
 
-    return Result(*_sample(run, repeats, calls), _peak(forward), compiling)
+    return _result(run, repeats, calls, lambda: _peak(forward), compiling)
 
 
 def time_train_step(model: ModelConfig, case: Case, *, repeats: int = 7, calls: int = 5) -> Result:
@@ -104,9 +104,10 @@ def time_train_step(model: ModelConfig, case: Case, *, repeats: int = 7, calls: 
             kept[0], metrics = step_fn(kept[0], batch)
         jax.block_until_ready(metrics)
 
-    times = _sample(run, repeats, calls)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return Result(*times, stats.get("peak_bytes_in_use"), compiling)
+    def peak():
+        return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    return _result(run, repeats, calls, peak, compiling)
 
 
 def why_no_timm(case: Case) -> str | None:
@@ -154,8 +155,9 @@ def time_timm(case: Case, *, train: bool, num_classes: int = 1000, repeats: int 
     start = time.perf_counter()
     run()
     compiling = time.perf_counter() - start
-    times = _sample(run, repeats, calls)
-    return Result(*times, torch.cuda.max_memory_allocated() if device == "cuda" else None, compiling)
+    return _result(
+        run, repeats, calls, lambda: torch.cuda.max_memory_allocated() if device == "cuda" else None, compiling
+    )
 
 
 def _images(case: Case) -> jax.Array:
@@ -176,11 +178,7 @@ def _peak(compiled: jax.stages.Compiled) -> int | None:
     return memory.temp_size_in_bytes + memory.output_size_in_bytes + memory.argument_size_in_bytes
 
 
-def _sample(run: Callable[[], None], repeats: int, calls: int) -> tuple[float, float, float]:
-    run()
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        samples.append(1000 * (time.perf_counter() - start) / calls)
-    return statistics.median(samples), min(samples), max(samples)
+def _result(run: Callable[[], None], repeats: int, calls: int, peak_fn: Callable[[], int | None], compiling: float):
+    """Times `run`, and looks at the memory after it."""
+    timing = sample(run, calls, repeats)
+    return Result(timing.ms, timing.fastest_ms, timing.slowest_ms, peak_fn(), compiling)

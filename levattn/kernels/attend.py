@@ -22,7 +22,7 @@ def attend_selected(
     """Softmax attention of every query over the keys at `indices`, which differ from each other.
 
     Args:
-      query: Queries, in half precision; D a power of two of at least 16.
+      query: Queries, in bfloat16 as keys and values; D a power of two of at least 16.
       key: All keys.
       value: All values.
       indices: Which keys each head attends to. S stands for no key, and makes the outputs of its head NaN.
@@ -35,7 +35,7 @@ def attend_selected(
     return _forward(query, key, value, indices, interpret)
 
 
-def _forward(query, key, value, indices, interpret, block: int = 128, rows: int = 512, num_warps: int = 4):
+def _forward(query, key, value, indices, interpret, block: int = 128, rows: int = 512):
     batch, num_queries, heads, _ = query.shape
     block = min(block, max(16, pl.next_power_of_2(num_queries)))
     rows = min(rows, pl.cdiv(num_queries, block) * block)
@@ -46,7 +46,7 @@ def _forward(query, key, value, indices, interpret, block: int = 128, rows: int 
         in_specs=[queries, _all_rows(key), _all_rows(value), _per_head(indices)],
         out_specs=queries,
         out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="attend_selected",
     )(query, key, value, indices)
@@ -89,7 +89,7 @@ def _forward_rule(query, key, value, indices, interpret):
     return _forward(query, key, value, indices, interpret), (query, key, value, indices)
 
 
-def _backward_rule(interpret, kept, cotangent, block: int = 64, rows: int = 1024, num_warps: int = 4):
+def _backward_rule(interpret, kept, cotangent, block: int = 64, rows: int = 1024):
     query, key, value, indices = kept
     batch, num_queries, heads, head_dim = query.shape
     num_kept = indices.shape[2]
@@ -106,7 +106,7 @@ def _backward_rule(interpret, kept, cotangent, block: int = 64, rows: int = 1024
         in_specs=[queries, _all_rows(key), _all_rows(value), _per_head(indices), queries],
         out_specs=[queries, part, part],
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype), part_shape, part_shape],
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="attend_selected_backward",
     )(query, key, value, indices, cotangent)

@@ -15,7 +15,6 @@ def scores(
     *,
     rows: int = 512,
     block: int = 128,
-    num_warps: int = 4,
     interpret: bool = False,
 ) -> Float[Array, "B H S"]:
     """Squared norms of the whitened keys, their leverage scores.
@@ -43,7 +42,7 @@ def scores(
         ],
         out_specs=pl.BlockSpec((None, None, num_keys), lambda b, h, p: (b, h, 0)),
         out_shape=jax.ShapeDtypeStruct((batch, heads, num_keys), jnp.float32),
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="scores",
     )(keys, whiten)
@@ -78,7 +77,6 @@ def top(
     *,
     keep_prefix: int = 0,
     rows: int = 1024,
-    num_warps: int | None = None,
     interpret: bool = False,
 ) -> Int[Array, "B H K"]:
     """Indices of the k largest scores of each head, in falling order, ties by index, as `jax.lax.top_k` has them.
@@ -87,7 +85,7 @@ def top(
 
     Args:
       scores: Not negative.
-      k: How many, at most S and at most `rows`.
+      k: How many, at most S.
       keep_prefix: Leading keys that come first whatever their score.
       rows: Scores among which one program looks; the best of each stretch are compared again.
       interpret: Run on any device, slowly.
@@ -101,11 +99,11 @@ def top(
         scores = jnp.where(jnp.arange(num_keys) < keep_prefix, jnp.inf, scores)
     indices = None
     while indices is None or indices.shape[2] > k:
-        scores, indices = _best_of_stretches(scores, indices, k, rows, num_warps, interpret)
+        scores, indices = _best_of_stretches(scores, indices, k, rows, interpret)
     return jnp.where(sound, indices, num_keys)
 
 
-def _best_of_stretches(scores, indices, k, rows, num_warps, interpret):
+def _best_of_stretches(scores, indices, k, rows, interpret):
     """The k best of every `rows` candidates, and where they are; `indices` says so of the candidates, if given."""
     batch, heads, num = scores.shape
     size = max(min(pl.next_power_of_2(num), rows), pl.next_power_of_2(2 * k))
@@ -119,7 +117,7 @@ def _best_of_stretches(scores, indices, k, rows, num_warps, interpret):
         in_specs=[candidates] * len(given),
         out_specs=[best, best],
         out_shape=[jax.ShapeDtypeStruct((batch, heads, parts * k), dtype) for dtype in (jnp.float32, jnp.int32)],
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps or max(1, size // 512), num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=max(1, size // 512), num_stages=1),
         interpret=interpret,
         name="top",
     )(*given)
