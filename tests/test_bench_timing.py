@@ -61,7 +61,8 @@ def _work_outside_of_the_loop(hlo: str) -> set[str]:
     main = hlo[hlo.index("\nENTRY") :]
     main = main[: main.index("\n}")]
     operations = re.findall(r"= \S+(?: /\*.*?\*/\S+)* ([\w-]+)\(", re.sub(r"\([^()]*\) while", "T while", main))
-    fused = re.findall(r"calls=%(\S+?)[,\s]", main)
+    # Not what has no inputs, such as an identity matrix, nor a single number.
+    fused = re.findall(r"= (?!\w+\[\] ).*? fusion\(%.*calls=%(\S+?)[,\s]", main)
     named = {name for name in fused if not re.match(r"(wrapped_)?(broadcast|copy|bitcast)", name)}
     harmless = {
         "parameter",

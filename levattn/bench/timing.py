@@ -87,15 +87,16 @@ def chain(fn: ArrayFn, num_calls: int) -> ArrayFn:
         return x[(0,) * x.ndim]
 
     def chained(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        firsts = [first(x) for x in inputs]
+
         def call(_, carry):
             inputs, outputs = carry
             nudge = _NUDGE * sum(first(x).astype(jnp.float32) for x in outputs)
-            # One number of each input is rewritten in place: all that depends on the array waits for it.
+            # One number of each input is rewritten: all that depends on the array waits for it. It is not read from the
+            # array, or the compiler would copy that to write to it.
             inputs = tuple(
-                jax.lax.dynamic_update_slice(
-                    x, (first(x) + nudge.astype(x.dtype)).reshape((1,) * x.ndim), (0,) * x.ndim
-                )
-                for x in inputs
+                jax.lax.dynamic_update_slice(x, (number + nudge.astype(x.dtype)).reshape((1,) * x.ndim), (0,) * x.ndim)
+                for number, x in zip(firsts, inputs, strict=True)
             )
             outputs = tuple(with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in fn(*inputs))
             return inputs, outputs

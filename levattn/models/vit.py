@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from levattn.attention import AttentionSpec, LevAttention
+from levattn.core.finite import unchecked
 from levattn.models.config import REMAT_POLICIES, ModelConfig, attention_specs, patch_grid
 from levattn.models.layers import (
     LayerScale,
@@ -108,8 +109,13 @@ class Encoder(nn.Module):
         specs = attention_specs(config)
         drop_rates = jnp.linspace(0.0, config.stochastic_depth, depth)
         if config.scan:
+
+            def apply_block(block, x, drop_rate):
+                with unchecked():
+                    return block(x, drop_rate, mask), None
+
             scan = nn.scan(
-                lambda block, x, drop_rate: (block(x, drop_rate, mask), None),
+                apply_block,
                 variable_axes={"params": 0, "intermediates": 0},
                 split_rngs={"params": True, "dropout": True, "selection": True},
                 length=depth,
