@@ -17,6 +17,7 @@ from levattn.kernels.gram import gram_parts
 from levattn.kernels.leverage import top_leverage
 from levattn.kernels.select import scores, top
 from levattn.kernels.whiten import whitening_of_head
+from levattn.models import ModelConfig, ViT
 
 INTERPRET = jax.default_backend() != "gpu"
 
@@ -160,3 +161,11 @@ def test_what_kernels_do_not_take_is_said_and_refused(options, dtype, mask, said
         lev_attention(query, key, value, spec, mask=mask)
     if spec.k <= 20:
         lev_attention(query, key, value, dataclasses.replace(spec, implementation="auto"), mask=mask)
+
+
+def test_scanned_layers_trace_with_kernels():
+    attention = AttentionSpec("leverage", k=2, implementation="pallas")
+    model = ViT(ModelConfig("mu/16", num_classes=3, depth=2, scan=True, dtype="bfloat16", attention=attention))
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.eval_shape(model.apply, variables, images).shape == (1, 3)
