@@ -28,8 +28,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from levattn.training.workdir import provenance, write_json
+from levattn.universal.chunks import prefetched
 from levattn.universal.files import KeyFile, open_keys
-from levattn.universal.passes import CHUNK_ROWS, file_universal_set, prefetched
+from levattn.universal.passes import CHUNK_ROWS, file_universal_set
 
 NUM_HEAVY = 20  # Keys that are made long, so that there is something to find.
 

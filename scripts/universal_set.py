@@ -5,6 +5,8 @@
 
 A key is in the set if it can receive eps of the attention of some query, f(x) = |x|^p. `levattn.universal.load_set`
 reads the result back: indices, scores, keys, what is guaranteed, and how it was made.
+
+Exit codes: 0 when the set is written; 2 for bad input, in one line; 130 for Ctrl-C. But for 0, no file is written.
 """
 
 import argparse
@@ -29,23 +31,34 @@ def main() -> None:
     )
     parser.add_argument("--eps", type=float, required=True, help="share of a query's attention, in (0, 1]")
     parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
-    parser.add_argument("--p", type=float, default=2.0, help="power of f; 2 is fastest")
+    parser.add_argument("--p", type=float, default=2.0, help="power of f, from 0.1 to 100; 2 is fastest")
     parser.add_argument("--passes", type=int, default=1, choices=(1, 2))
     parser.add_argument("--chunk", type=int, default=CHUNK_ROWS, help="keys that are worked on at a time")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads, each with a part of the file")
     parser.add_argument("--width", type=int, default=None, help="refuse keys of another width")
-    parser.add_argument("--record_dtype", default="float32", help="of the numbers in an .array_record file")
+    parser.add_argument(
+        "--record_dtype", default=None, help="of the numbers in an .array_record file, unless --width tells it"
+    )
     parser.add_argument("--precision", default="single", choices=("single", "double"), help="for p = 2; see guarantee")
     args = parser.parse_args()
     jax.config.update("jax_enable_x64", args.precision == "double")
     try:
         run(args)
-    except (OSError, ValueError) as error:
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr, flush=True)
+        os._exit(130)  # past the threads: one may be compiling, or at the end of a large chunk
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:
+        print(f"error: out of memory ({error}): lower --chunk or --workers, or raise --eps", file=sys.stderr)
         sys.exit(2)
 
 
 def run(args: argparse.Namespace) -> None:
+    for name in ("chunk", "workers"):
+        if (number := getattr(args, name)) < 1:
+            raise ValueError(f"--{name} {number} must be at least 1")
     file = open_keys(args.keys, head_dim=args.width, record_dtype=args.record_dtype)
     if args.out.is_dir() or args.out.suffix != ".npz":
         raise ValueError(f"--out {str(args.out)!r} must be the name of an .npz file")

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from levattn.core import Growth, Huber, Power, Softmax, heavy_entries, heavy_entries_blocks
+from levattn.core.countsketch import countsketch_heavy_entries
 from levattn.core.heavy import checked_indices
 from levattn.core.rowsums import exact_row_sums, jl_row_sums, sampled_row_sums
 
@@ -252,3 +253,29 @@ def test_key_indices_are_looked_at_once_each_and_a_mask_is_refused():
     np.testing.assert_array_equal(twice.key_indices, plain.key_indices)
     with pytest.raises(ValueError, match=r"key_indices.dtype=dtype\('bool'\) must be an integer"):
         checked_indices(np.ones(len(GOOD), bool), len(GOOD))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e-40, 1e170])
+def test_neither_keys_nor_queries_have_a_scale_under_powers(scale):
+    queries, keys = inputs(0, num_queries=5, num_keys=40, width=3, dtype=np.float64)
+    for p in (1, 2, 6):
+        expected = heavy_entries(queries, keys, 0.1, Power(p))
+        for found in (
+            heavy_entries(queries * scale, keys, 0.1, Power(p)),
+            heavy_entries(queries, keys * scale, 0.1, Power(p)),
+        ):
+            np.testing.assert_array_equal(found.key_indices, expected.key_indices)
+            np.testing.assert_allclose(found.values, expected.values, rtol=1e-6)
+    expected = heavy_entries(queries, keys, 0.1)
+    np.testing.assert_array_equal(
+        countsketch_heavy_entries(queries * scale, keys * scale, 0.1).key_indices, expected.key_indices
+    )
+
+
+def test_a_query_that_only_meets_a_key_whose_square_underflows_gives_it_all():
+    keys = np.array([[1.0, 0.0], [0.0, 1e-200]])
+    found = heavy_entries(np.array([[0.0, 1.0], [1.0, 0.0]]), keys, 0.5)
+    np.testing.assert_array_equal(found.key_indices, [1, 0])
+    np.testing.assert_allclose(found.values, 1)
+    with pytest.raises(ValueError, match="underflows float64 for query 0"):
+        heavy_entries(np.array([[0.0, 1.0], [1.0, 0.0]]), keys, 0.5, Huber(1))

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from levattn.core import lewis_weights
+from levattn.core import Power, lewis_weights
+from levattn.universal import LewisStream, universal_set
 from tests import reference
 
 POWERS = (0.5, 1, 1.5, 2, 3, 4, 6, 8)
@@ -91,3 +92,23 @@ def test_weights_that_have_not_settled_are_not_returned():
 def test_bad_powers_are_named(p):
     with pytest.raises(ValueError, match="p="):
         lewis_weights(np.eye(3), p)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.2, 20, 100])
+def test_weights_settle_at_the_ends_of_the_stated_range(p):
+    for name in ("gaussian", "heavy tails", "row lengths over ten decades", "rank 4 of 16", "one enormous key"):
+        assert lewis_weights(CASES[name], p).sum() == pytest.approx(
+            4 if name == "rank 4 of 16" else CASES[name].shape[1]
+        )
+
+
+@pytest.mark.parametrize("p", [0.001, 0.01, 1000])
+def test_a_power_out_of_range_is_refused_before_the_work(p):
+    keys = CASES["gaussian"]
+    for find in (
+        lambda: lewis_weights(keys, p),
+        lambda: universal_set(keys, 0.5, Power(p)),
+        lambda: LewisStream(4, 0.1, float(p)),
+    ):
+        with pytest.raises(ValueError, match="must be a positive number from"):
+            find()

@@ -82,7 +82,7 @@ import jax, jax.numpy as jnp
 from levattn.core import linalg
 stacks = [jnp.broadcast_to((2.0 + i) * jnp.eye(64), (256, 64, 64)) for i in range(8)]
 run = jax.jit(lambda stacks: [linalg.inverse_cholesky(x)[1].sum() for x in stacks])
-for _ in range(50):
+for _ in range(10):  # without the remedy the first one hangs
     jax.block_until_ready(run(stacks))
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

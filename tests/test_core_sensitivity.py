@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from levattn.core import Growth, Huber, Power, Softmax, sensitivity_bounds
+from levattn.core.basis import checked_matrix
 from levattn.core.sensitivity import num_tensor_features, tensor_power
 from tests import reference
 
@@ -224,3 +225,53 @@ def test_powers_and_thresholds_must_be_positive():
         for number in (0, -1.0, float("nan"), float("inf")):
             with pytest.raises(ValueError, match="positive"):
                 make(number)
+
+
+@pytest.mark.parametrize("f", [Power(1), Power(2), Power(4), Huber(1)])
+@pytest.mark.parametrize("part", [1e-9, 1e-12])
+def test_a_small_part_that_float64_holds_beside_an_enormous_key_is_not_lost(f, part):
+    # (1, -1) meets the last key alone: its sensitivity is 1, and rank and condition number say nothing of it.
+    keys = np.array([[1e10, 1e10], *[[1, 1]] * 20, [1 + part, 1 - part]])
+    assert sensitivity_bounds(keys, f)[-1] > 0.99
+    assert np.max(sensitivity_bounds(keys, f)[1:-1]) <= 0.06  # while those that are rounding apart share theirs
+
+
+def test_keys_of_a_rank_below_the_width_by_rounding_are_taken_for_that_rank():
+    rng = np.random.default_rng(0)
+    for rank in (1, 4, 15):
+        keys = rng.normal(size=(3000, rank)) @ rng.normal(size=(rank, 16))
+        left, _, _ = np.linalg.svd(keys, full_matrices=False)
+        expected = np.sum(left[:, :rank] ** 2, axis=1)
+        np.testing.assert_allclose(sensitivity_bounds(keys, Power(2)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e170, 1e300])
+def test_keys_whose_squares_leave_float64_are_bounded_among_their_like(size):
+    keys = np.random.default_rng(0).normal(size=(30, 3))
+    for p in (1, 2, 4):
+        alone = sensitivity_bounds(keys, Power(p))
+        np.testing.assert_allclose(sensitivity_bounds(size * keys, Power(p)), alone, rtol=1e-6)
+        beside = sensitivity_bounds(np.concatenate([keys, [[0, 0, size]]]), Power(p))
+        assert beside[-1] == pytest.approx(1) if size < 1 else np.all(beside[:-1] >= alone * (1 - 1e-6))
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        (np.ones((3, 2), complex), "complex128"),
+        (np.ones((3, 2), object), "object"),
+        (np.ones((3, 2), "U1"), "<U1"),
+        (np.ma.masked_array(np.ones((3, 2)), np.eye(3, 2)), "masked"),
+    ],
+)
+def test_what_is_no_matrix_of_real_numbers_is_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        checked_matrix("keys", keys)
+
+
+def test_long_doubles_and_integers_are_taken_as_numbers_that_lapack_takes():
+    keys = np.random.default_rng(0).integers(-9, 9, (20, 3))
+    for dtype, computed_in in ((np.longdouble, np.float64), (np.int64, np.float64), (np.int8, np.float32)):
+        matrix = checked_matrix("keys", keys.astype(dtype))
+        assert matrix.dtype == computed_in
+        np.testing.assert_array_equal(matrix, keys)

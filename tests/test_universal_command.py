@@ -4,8 +4,10 @@ import importlib.util
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -88,7 +90,8 @@ def test_every_kind_of_file_gives_the_offline_set(tmp_path, script, keys, kind, 
         path, stored = tmp_path / "keys.npy", keys.astype(kind)
         np.save(path, stored)
     out = tmp_path / "set.npz"
-    code, _, err = script(path, "--eps", EPS, "--out", out, "--chunk", 64, "--passes", passes)
+    options = ["--record_dtype", "float32"] if kind == "records" else []
+    code, _, err = script(path, "--eps", EPS, "--out", out, "--chunk", 64, "--passes", passes, *options)
     assert code == 0, err
     np.testing.assert_array_equal(load_set(out).indices, _expected(stored.astype(np.float32)))
 
@@ -129,6 +132,12 @@ BAD_FILES = {
     "integers": (lambda path, keys: np.save(path, keys.astype(int)), "holds int64"),
     "column order": (lambda path, keys: np.save(path, np.asfortranarray(keys)), "column order"),
     "NaN": (_with_nan, "first at position 123"),
+    "beyond float32": (lambda path, keys: np.save(path, keys * np.float64(1e50)), "beyond the range of float32"),
+    "smaller than float32": (
+        lambda path, keys: np.save(path, keys * np.float64(1e-170)),
+        "beyond the range of float32",
+    ),
+    "subnormal": (lambda path, keys: np.save(path, keys * np.float32(1e-41)), "700 keys are not 0, but below"),
 }
 
 
@@ -150,11 +159,11 @@ def test_a_bad_file_is_one_line_and_leaves_the_old_result_alone(tmp_path, script
 def test_bad_records_are_named(tmp_path, script, keys):
     path, out = tmp_path / "keys.array_record", tmp_path / "set.npz"
     _write_records(path, [*keys[:70], keys[70, :3]])
-    code, _, err = script(path, "--eps", EPS, "--out", out, "--chunk", 64)
+    code, _, err = script(path, "--eps", EPS, "--out", out, "--chunk", 64, "--width", 5)
     assert code == 2
     assert "record 70 has 12 bytes, the first 20" in err
     _write_records(path, [np.zeros(3, np.int8)])
-    assert "3 bytes is no row of float32" in script(path, "--eps", EPS, "--out", out)[2]
+    assert "3 bytes is no row of float32" in script(path, "--eps", EPS, "--out", out, "--record_dtype", "float32")[2]
     path.write_bytes(b"nothing of the kind")
     assert "cannot be read as an ArrayRecord file" in script(path, "--eps", EPS, "--out", out)[2]
 
@@ -166,7 +175,9 @@ def test_bad_records_are_named(tmp_path, script, keys):
         (["--eps", "1.01"], "eps=1.01 must be in (0, 1]"),
         (["--eps", "nan"], "eps=nan must be in (0, 1]"),
         (["--eps", "0.1", "--p", "-1"], "p=-1.0 must be a positive number"),
-        (["--eps", "0.1", "--chunk", "0"], "chunk_rows=0 must be at least 1"),
+        (["--eps", "0.1", "--p", "0.01"], "p=0.01 must be a positive number from 0.1 to 100"),
+        (["--eps", "1e-30"], "eps=1e-30 must be at least 1e-20"),
+        (["--eps", "0.1", "--chunk", "0"], "--chunk 0 must be at least 1"),
         (["--eps", "0.1", "--width", "64"], "has keys of width 5, not 64"),
         (["--eps", "0.1", "--out", "set.txt"], "must be the name of an .npz file"),
         (["--eps", "0.1", "--out", "/proc/nowhere/set.npz"], "cannot be written"),
@@ -212,7 +223,7 @@ def test_a_part_of_a_file_is_read_as_that_part(tmp_path, keys):
     np.save(tmp_path / "keys.npy", keys)
     _write_records(tmp_path / "keys.array_record", keys)
     for name in ("keys.npy", "keys.array_record"):
-        file = open_keys(tmp_path / name)
+        file = open_keys(tmp_path / name, head_dim=WIDTH)
         assert (file.num_keys, file.head_dim, file.num_bytes) == (700, WIDTH, keys.nbytes)
         np.testing.assert_array_equal(np.concatenate(list(file.chunks(64, 100, 333))), keys[100:333])
 
@@ -229,3 +240,63 @@ def test_a_set_goes_through_a_file_and_anything_else_is_refused(tmp_path, keys):
     for name in ("other.npz", "keys.npy", "text.npz"):
         with pytest.raises(ValueError, match="is not a file of a universal set"):
             load_set(tmp_path / name)
+
+
+def test_control_c_ends_it_at_once_with_its_exit_code_and_no_file(tmp_path):
+    np.save(tmp_path / "keys.npy", np.random.default_rng(0).normal(size=(100_000, 8)).astype(np.float32))
+    command = [sys.executable, ROOT / "scripts/universal_set.py", tmp_path / "keys.npy", "--eps=0.01", "--p=1"]
+    running = subprocess.Popen(
+        [*command, f"--out={tmp_path / 'set.npz'}", "--chunk=200"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "pass 1" in running.stderr.readline()  # under way, with most of the file before it
+    running.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    out, err = running.communicate(timeout=60)
+    assert time.monotonic() - start < 5  # a second, on a machine that others use
+    assert (running.returncode, out) == (130, "")
+    assert [line for line in err.splitlines() if not line.startswith("pass")] == ["interrupted: nothing was written"]
+    assert {path.name for path in tmp_path.iterdir()} == {"keys.npy"}
+
+
+def test_the_byte_order_of_a_file_is_no_matter(tmp_path, script, keys):
+    np.save(tmp_path / "keys.npy", keys.astype(">f4"))
+    out = tmp_path / "set.npz"
+    for passes in (1, 2):
+        code, _, err = script(tmp_path / "keys.npy", "--eps", EPS, "--out", out, "--chunk", 64, "--passes", passes)
+        assert code == 0, err
+        np.testing.assert_array_equal(load_set(out).keys, keys[_expected(keys)])
+
+
+def test_records_are_never_guessed_at(tmp_path, script, keys):
+    path, out = tmp_path / "keys.array_record", tmp_path / "set.npz"
+    _write_records(path, keys)
+    for options, said in (
+        ([], "no width (--width) was given: give record_dtype (--record_dtype), float32 for width 5"),
+        (["--width", 7], "width 7 makes no float32 or float64"),
+        (["--record_dtype", "foo"], "record_dtype='foo' (--record_dtype) is no dtype"),
+        (["--record_dtype", "int32"], "must be of floating point"),
+    ):
+        code, _, err = script(path, "--eps", EPS, "--out", out, *options)
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert said in err
+    assert open_keys(path, head_dim=WIDTH).dtype == np.float32
+    _write_records(path, keys.astype(np.float64))
+    assert open_keys(path, head_dim=WIDTH).dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    "options", [["--chunk", 10**30, "--p", 1], ["--eps", 1e-12], ["--workers", 10**6, "--chunk", 64]]
+)
+def test_numbers_beyond_those_of_the_file_count_as_those_of_the_file(tmp_path, script, keys, options):
+    np.save(tmp_path / "keys.npy", keys)
+    code, _, err = script(tmp_path / "keys.npy", "--eps", EPS, "--out", tmp_path / "set.npz", *options)
+    assert code == 0, err
+    found = load_set(tmp_path / "set.npz").indices
+    if "--p" in options:
+        assert len(found)
+    else:
+        np.testing.assert_array_equal(found, range(len(keys)) if "--eps" in options else _expected(keys))

@@ -80,7 +80,7 @@ def test_no_query_finds_a_share_above_the_bound_and_no_heavy_key_is_missing(name
     assert set(np.flatnonzero(seen >= EPS)) <= set(found.indices)
     assert np.all(found.scores >= seen[found.indices] - 1e-9)
     assert len(found) <= found.size_bound
-    np.testing.assert_array_equal(found.keys, keys[found.indices].astype(np.float32))
+    np.testing.assert_array_equal(found.keys, keys[found.indices])
 
 
 @pytest.mark.parametrize("p", POWERS)
@@ -159,3 +159,15 @@ def test_what_cannot_be_had_is_named():
     for arguments, named in (((0, 0.1, 1.0), "head_dim"), ((4, 0.0, 1.0), "eps"), ((4, 0.1, 0.0), "p=0")):
         with pytest.raises(ValueError, match=named):
             LewisStream(*arguments)
+
+
+@pytest.mark.parametrize("p", [0.1, 100.0])
+def test_scale_is_no_matter_and_the_ends_of_the_range_are_sound(p):
+    keys = CASES["heavy tails"]
+    stream = LewisStream(WIDTH, EPS, p)
+    found = stream.finish(_run(stream, keys))
+    assert set(np.flatnonzero(_seen_sensitivities(keys, p) >= EPS)) <= set(found.indices)
+    for size in (2.0**-600, 2.0**600):
+        np.testing.assert_array_equal(stream.finish(_run(stream, keys * size)).indices, found.indices)
+    with pytest.raises(ValueError, match="1e-300 is beyond"):
+        stream.update(stream.init(), np.full((1, WIDTH), 1e-300))

@@ -208,3 +208,20 @@ def test_the_same_under_vmap():
     expected = np.stack([online_leverage_scores(k, chunk=16) for k in keys])
     batched = jax.jit(jax.vmap(functools.partial(online.online_leverage_scores, chunk=16)))(keys)
     np.testing.assert_allclose(batched, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-170, 1e-40, 1e200])
+def test_the_set_does_not_depend_on_the_scale_of_the_keys(size):
+    keys = _random(0, NUM_KEYS, WIDTH).astype(np.float64)
+    np.testing.assert_array_equal(
+        causal_universal_set(keys * size, 0.1).indices, causal_universal_set(keys, 0.1).indices
+    )
+
+
+def test_the_limit_of_the_causal_promise_is_stated_and_holds():
+    for part in (1e-9, 1e-6):  # of the longest key so far
+        keys = np.array([[1, 0], [0, part], [1, 0]])
+        assert 1 in causal_universal_set(keys, 0.5).indices
+    assert "less than about 1e-10 of the longest" in causal_universal_set(keys, 0.5).guarantee
+    with pytest.raises(ValueError, match="token 1 has size 1e-200"):
+        causal_universal_set(np.array([[1.0, 0.0], [0.0, 1e-200]]), 0.5)

@@ -1,6 +1,10 @@
 """A stream's universal set is the offline one: for any order, any chunks, any split over machines, any conditioning."""
 
 import io
+import itertools
+import signal
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from levattn.universal import counts, passes, running_gram, streaming
+from levattn.universal import LewisStream, chunks, counts, running_gram, streaming
 from levattn.universal.passes import stream_universal_set
 from levattn.universal.streaming import OnePassStream
 
@@ -267,7 +271,7 @@ def test_an_error_in_the_reading_thread_comes_out_and_the_thread_ends():
 
     with pytest.raises(OSError, match="the disk is gone"):
         stream_universal_set(broken, WIDTH, EPS, chunk_rows=CHUNK)
-    items = passes.prefetched(iter(range(100)))
+    items = chunks.prefetched(iter(range(100)))
     assert next(items) == 0
     items.close()
 
@@ -293,3 +297,101 @@ def test_finish_is_refused_before_the_first_key():
     with pytest.raises(ValueError, match="no keys"):
         STREAM.finish(STREAM.init())
     assert streaming.OnePassStream(3, 1.0).init().keys.shape == (6, 3)
+
+
+def test_a_chunk_of_no_rows_changes_nothing():
+    state = _run(CASES["gaussian"], (CHUNK,))
+    jax.tree.map(np.testing.assert_array_equal, STREAM.update(state, np.zeros((0, WIDTH), np.float32)), state)
+
+
+@pytest.mark.parametrize(
+    "keys, num_valid, said",
+    [
+        (np.ones((3, WIDTH + 1), np.float32), None, r"shape \(3, 7\): it must be \(keys, 6\)"),
+        (np.ones((3, 1), np.float32), None, "must be"),
+        (np.ones((3, WIDTH), np.float32), 4, r"num_valid=4 must be in \[0, 3\]"),
+        (np.ones((3, WIDTH), np.float32), -1, "num_valid=-1"),
+        (np.full((3, WIDTH), 1e50), None, "size 1e[+]50 is beyond the range of float32"),
+        (np.full((3, WIDTH), 1e-170), None, "size 1e-170 is beyond the range of float32"),
+    ],
+)
+def test_a_chunk_that_cannot_be_added_is_named(keys, num_valid, said):
+    with pytest.raises(ValueError, match=said):
+        STREAM.update(STREAM.init(), keys, num_valid)
+    if "float32" not in said:  # which the other computes in float64
+        with pytest.raises(ValueError, match=said):
+            LewisStream(WIDTH, EPS, 3.0).update(LewisStream(WIDTH, EPS, 3.0).init(), keys, num_valid)
+
+
+def test_a_traced_number_of_valid_rows_counts_no_row_that_is_not_there():
+    keys = CASES["gaussian"][:CHUNK].astype(np.float32)
+    assert counts.to_int(update(STREAM, STREAM.init(), keys, CHUNK + 5).gram.num_keys) == CHUNK
+
+
+def test_a_state_that_is_merged_with_itself_is_refused_not_emptied():
+    keys = CASES["heavy tails"].astype(np.float32)
+    state = _run(keys, (CHUNK,))
+    with pytest.raises(ValueError, match="merged twice"):
+        STREAM.finish(merge(STREAM, state, state))
+    with pytest.raises(ValueError, match="merged twice"):
+        STREAM.finish(merge(STREAM, merge(STREAM, state, _run(keys[:9], (CHUNK,), start=len(keys))), state))
+    stream = LewisStream(WIDTH, EPS, 1.0)
+    with pytest.raises(ValueError, match="waits in both"):
+        stream.merge(*[stream.update(stream.init(), keys)] * 2)
+
+
+def test_keys_that_float32_takes_for_zero_are_counted_and_refused():
+    keys = CASES["gaussian"].astype(np.float32)
+    keys[123] *= np.float32(1e-40)
+    with pytest.raises(ValueError, match="1 keys are not 0, but below"):
+        STREAM.finish(_run(keys, (CHUNK,)))
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e25])
+def test_keys_whose_squares_float32_does_not_hold_are_scored_as_sharply_as_others(size):
+    keys = CASES["heavy tails"].astype(np.float32)
+    found = STREAM.finish(_run(keys * np.float32(size), (CHUNK,)))
+    np.testing.assert_array_equal(found.indices, np.flatnonzero(_exact_scores(keys) >= EPS))
+
+
+def test_the_guarantee_says_how_many_roundings_it_allows_for():
+    found = STREAM.finish(_run(CASES["gaussian"], (CHUNK,)))
+    assert "32 roundings of float32, 4e-06 of their parts" in found.guarantee
+
+
+def test_a_chunk_may_be_written_over_once_the_next_is_asked_for():
+    keys, buffer = CASES["heavy tails"].astype(np.float32), np.empty((100, WIDTH), np.float32)
+
+    def refilled():
+        for first in range(0, len(keys), 100):
+            buffer[:] = keys[first : first + 100]
+            yield buffer
+
+    for num_passes in (1, 2):
+        _check(stream_universal_set(refilled, WIDTH, EPS, num_passes=num_passes, chunk_rows=CHUNK), keys)
+
+
+def test_so_small_an_eps_that_nothing_would_be_dropped_is_refused():
+    for eps, said in ((1e-30, "at least 1e-20"), (1e-19, "keys wait")):
+        with pytest.raises(ValueError, match=said):
+            OnePassStream(WIDTH, eps).init()
+
+
+@pytest.mark.parametrize("num_passes", [1, 2])
+def test_an_interrupt_ends_every_thread_within_a_chunk(num_passes):
+    main, piece = threading.main_thread().ident, _random(0, CHUNK, WIDTH)
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        stream_universal_set(
+            lambda: itertools.repeat(piece, 50_000),
+            WIDTH,
+            EPS,
+            num_passes=num_passes,
+            chunk_rows=CHUNK,
+            on_chunk=lambda _, num_read: num_read == 20 * CHUNK and signal.pthread_kill(main, signal.SIGINT),
+        )
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before

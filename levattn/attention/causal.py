@@ -56,7 +56,9 @@ def attend_causal(
     - without `spec.eps`: the `spec.k` keys of highest score;
     - with `spec.eps`: every key of score at least eps. Of those before its own chunk `spec.k` are held at most; with
       `k=None` that is D / eps, which is always enough. These keys then hold every entry >= eps of row i of causal
-      attention with f(x) = x^2, for any queries. Under softmax the choice is a heuristic.
+      attention with f(x) = x^2, for any queries, as far as float32 resolves scores: directions in which the keys so far
+      reach less than about 1e-4 of the longest of them are damped, and a key that is heavy there alone may be missed.
+      (`levattn.universal.causal_universal_set` computes in float64.) Under softmax the choice is a heuristic.
 
     Method "dense" is causal softmax attention over all keys.
 

@@ -29,8 +29,10 @@ def attend_polynomial(
 ) -> Float[Array, "B T H D"]:
     """out(q) = sum over kept keys c of |<q, k_c>|^p value_c / sum over all keys l of |<q, k_l>|^p.
 
-    With method "leverage", a threshold eps and `universal_spec`, no entry that is left out reaches eps; a row's output
-    is off by at most (1 - the kept mass of the row) times the longest value left out.
+    With method "leverage", a threshold eps and `universal_spec`, no entry that is left out reaches eps, for keys of a
+    condition number (columns scaled to equal norms) up to 1e5: beyond, float32 scores lose directions, and with them
+    heavy keys (`levattn.universal_set` and `levattn.heavy_entries` compute in float64). A row's output is off by at
+    most (1 - the kept mass of the row) times the longest value left out.
 
     Args:
       query: Queries.
@@ -115,8 +117,9 @@ def universal_spec(spec: AttentionSpec, num_keys: int) -> AttentionSpec:
     """`spec` for choosing keys: eps becomes the leverage score below which no entry of the matrix A reaches it.
 
     With leverage scores t and u_l = <q, k_l>, u_j^2 <= t_j |u|^2. For p <= 2, |u|_2 <= |u|_p, so A_ij <= t_j^(p/2); for
-    p >= 2, |u|_2 <= S^(1/2 - 1/p) |u|_p, so A_ij <= S^(p/2 - 1) t_j^(p/2). The promise is as good as the scores are, so
-    that score_method "gram" becomes "auto". Other methods than "leverage" promise nothing and stay as they are.
+    p >= 2, |u|_2 <= S^(1/2 - 1/p) |u|_p, so A_ij <= S^(p/2 - 1) t_j^(p/2). The promise is as good as the scores are
+    (float32: up to a condition number of 1e5), so that score_method "gram" becomes "auto". Other methods than
+    "leverage" promise nothing and stay as they are.
 
     Args:
       spec: With a power.

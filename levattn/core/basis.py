@@ -9,6 +9,7 @@ accelerators, all that is here comes with a bound on its rounding error.
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
@@ -16,8 +17,9 @@ _BLOCK_BYTES = 1 << 24  # of rows that are held in float64 at a time: fewer, and
 _FEATURE_ROWS = 4096  # rows at a time where each has more features than entries
 _EPS = float(np.finfo(np.float64).eps)
 _SAFE_SQUARE = 1e-6  # smallest over largest eigenvalue of a Gram matrix that is relied on
-# A key with a larger part (relative to its own length) in the directions that the rank cut drops is not resolved.
-_RESOLVED = 1e-8
+# A key with a part of more roundings a column (relative to its own length) in the directions that the rank cut drops is
+# not resolved. Keys that are products of thin matrices, rounded, were seen to have a quarter of it.
+_RESOLVED = 16 * _EPS
 _SAFE_EXPONENT = 32
 
 Features = Callable[[np.ndarray], np.ndarray]  # of a block of rows
@@ -27,12 +29,15 @@ def checked_matrix(name: str, matrix: Shaped[Array | np.ndarray, "..."]) -> Floa
     """`matrix` as a NumPy array of at least float32, if it can be computed with.
 
     Raises:
-      ValueError: Not two-dimensional, empty, or with NaN or infinity; `name` says which argument it was.
+      ValueError: Not two-dimensional, empty, not of real numbers, with a mask, or with NaN or infinity; `name` says
+        which argument it was.
     """
-    matrix = np.asarray(matrix)
+    matrix = real_array(name, matrix)
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"{name}.shape={matrix.shape} must be (rows, width) with at least one of each: give one head")
-    matrix = matrix.astype(np.result_type(matrix.dtype, np.float32), copy=False)  # float16 and bfloat16 become that
+    # float16 and bfloat16 become float32; what is wider than float64 LAPACK does not take.
+    dtype = np.result_type(matrix.dtype, np.float32)
+    matrix = matrix.astype(dtype if dtype.itemsize <= 8 else np.float64, copy=False)
     for start, block in row_blocks(matrix, dtype=matrix.dtype):
         if not np.all(np.isfinite(block)):
             row = start + int(np.argmin(np.all(np.isfinite(block), axis=1)))
@@ -40,12 +45,31 @@ def checked_matrix(name: str, matrix: Shaped[Array | np.ndarray, "..."]) -> Floa
     return matrix
 
 
+def real_array(name: str, array: Shaped[Array | np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """`array` in host memory, as it is, if its entries are real numbers and all of them count.
+
+    Raises:
+      ValueError: It holds complex numbers, objects or text, or has a mask; `name` says which argument it was.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array, whose mask would not be looked at: give the rows that count")
+    array = np.asarray(array)
+    if not (array.dtype.kind in "biuf" or jnp.issubdtype(array.dtype, jnp.floating)):
+        raise ValueError(f"{name} has dtype {array.dtype}: it must be of real numbers, float32 or float64 at best")
+    return array
+
+
 def at_unit_scale(matrix: Float[np.ndarray, "S D"]) -> Float[np.ndarray, "S D"]:
     """The matrix times a power of two, in float64, if its entries are so large or small that squares or powers of them
     might leave float64. What is the same for all multiples of the keys is then that of the keys, to the last bit.
     """
+    exponent = _exponent_beyond_safe(matrix)
+    return np.ldexp(matrix.astype(np.float64), -exponent) if exponent else matrix
+
+
+def _exponent_beyond_safe(matrix):
     exponent = int(np.frexp(max(matrix.max(), -matrix.min()))[1])
-    return matrix if abs(exponent) < _SAFE_EXPONENT else np.ldexp(matrix.astype(np.float64), -exponent)
+    return 0 if abs(exponent) < _SAFE_EXPONENT else exponent
 
 
 def row_blocks(
@@ -129,13 +153,14 @@ class Basis:
             return np.where(reach > 0, self._error(reach / found), 0)
 
     def is_resolved(self, keys: Float[np.ndarray, "S D"]) -> Bool[np.ndarray, " S"]:
-        """Whether a key lies in the kept directions, but for rounding. All do at full rank."""
+        """Whether a key lies in the kept directions, but for 16 D roundings of its length. All do at full rank."""
         if self.rank == len(self.whiten):
             return np.ones(len(keys), bool)
-        scale = _inverse(self.column_norms)
-        scaled = keys * scale
-        residual = scaled - (keys @ self.whiten @ self.unwhiten) * scale
-        return np.linalg.norm(residual, axis=1) <= _RESOLVED * np.linalg.norm(scaled, axis=1)
+        scaled = keys * _inverse(self.column_norms)
+        scaled /= _one_if_zero(np.max(np.abs(scaled), axis=1, keepdims=True))  # no square underflows
+        residual = scaled - (scaled * self.column_norms) @ self.whiten @ self.unwhiten * _inverse(self.column_norms)
+        tolerance = _RESOLVED * len(self.whiten)
+        return np.linalg.norm(residual, axis=1) <= tolerance * np.linalg.norm(scaled, axis=1)
 
     @property
     def _largest_singular(self) -> float:
@@ -146,7 +171,11 @@ class Basis:
 
 
 def _inverse(norms):
-    return 1 / np.where(norms > 0, norms, 1)
+    return 1 / _one_if_zero(norms)
+
+
+def _one_if_zero(norms):
+    return np.where(norms > 0, norms, 1)
 
 
 def orthonormal_basis(matrix: Float[np.ndarray, "S D"], features_fn: Features | None = None) -> Basis:
@@ -157,9 +186,17 @@ def orthonormal_basis(matrix: Float[np.ndarray, "S D"], features_fn: Features | 
     the largest count as rank deficiency. Cost: S D^2 operations, thrice that with QR.
 
     Args:
-      matrix: Finite; entries of a magnitude between 1e-150 and 1e150, or 0.
+      matrix: Finite, of any scale; entries below 1e-150 of the largest count as 0.
       features_fn: Where the basis of features of the rows is wanted, the function from a block of rows to them.
     """
+    if features_fn is None and (exponent := _exponent_beyond_safe(matrix)):
+        basis = orthonormal_basis(np.ldexp(matrix.astype(np.float64), -exponent))
+        return dataclasses.replace(
+            basis,
+            whiten=np.ldexp(basis.whiten, -exponent),
+            unwhiten=np.ldexp(basis.unwhiten, exponent),
+            column_norms=np.ldexp(basis.column_norms, exponent),
+        )
     squares = gram(matrix, features_fn)
     width, norms = len(squares), np.sqrt(np.diag(squares))
     if not np.any(norms):

@@ -11,9 +11,9 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Float, Int
 
-from levattn.core.basis import row_blocks
+from levattn.core.basis import at_unit_scale, row_blocks
 from levattn.core.functions import Power
-from levattn.core.heavy import HeavyEntries, checked_indices, checked_pair
+from levattn.core.heavy import HeavyEntries, checked_indices, checked_pair, with_row_sums
 from levattn.core.rowsums import EXACT, exact_row_sums
 from levattn.core.sensitivity import passes, sensitivity_bounds
 
@@ -56,6 +56,7 @@ def countsketch_heavy_entries(
     if key_indices is None:
         key_indices = np.flatnonzero(passes(sensitivity_bounds(keys, Power(2)), eps))
     key_indices = checked_indices(key_indices, len(keys))
+    keys = at_unit_scale(keys)
     chosen = keys[key_indices].astype(np.float64)
     num_buckets, num_tables = math.ceil(16 / eps), num_tables_for(failure * eps / len(queries))
     rng = np.random.default_rng(seed)
@@ -69,7 +70,7 @@ def countsketch_heavy_entries(
     found = []
     size = max(1, block_bytes // (24 * num_tables * max(1, len(chosen))))
     for start, block in row_blocks(queries, size):
-        normalisers = row_sums(block)
+        block, normalisers = with_row_sums(block, keys, row_sums)
         estimates = np.empty((num_tables, len(block), len(chosen)))
         for table in range(num_tables):
             estimates[table] = (block @ sums[table].T)[:, buckets[table]] * signs[table]

@@ -16,6 +16,9 @@ from levattn.core.functions import AttentionFunction, Power
 from levattn.core.rowsums import EXACT, RowSums, exact_row_sums
 from levattn.core.sensitivity import check_eps, passes, sensitivity_bounds
 
+# Row sums below this may have lost terms to underflow.
+_SMALL_SUM = 1e-200
+
 
 class HeavyEntries(NamedTuple):
     """Entries of the attention matrix as a sparse matrix, `E` of them, by query and then by key.
@@ -64,7 +67,7 @@ def heavy_entries(
 
     Raises:
       ValueError: For arrays that are empty, not finite or of different widths, eps out of range, f without growth,
-        or indices that are not those of keys.
+        indices that are not those of keys, or an f other than a power whose row sums leave float64.
 
     Cost: that of the universal set, of the normalisers, and 2 T U D operations: for x^2 together 2 S D^2 + T D^2 +
     2 T U D, with U <= D / eps. Memory: O(D^2) and a block beside the arguments and the result.
@@ -99,7 +102,7 @@ def heavy_entries_blocks(
     chosen = keys[key_indices].astype(np.float64)
     # Products, their f, and the comparison: two and a half blocks at a time.
     size = max(1, min(block_bytes // (20 * max(1, len(chosen))), 1 << 16))
-    return _blocks(queries, chosen, key_indices, eps, f, row_sums, size)
+    return _blocks(queries, keys, chosen, key_indices, eps, f, row_sums, size)
 
 
 def checked_indices(key_indices: Shaped[np.ndarray, " U"], num_keys: int) -> Int[np.ndarray, " V"]:
@@ -128,14 +131,46 @@ def checked_pair(queries, keys, eps: float | int) -> tuple[np.ndarray, np.ndarra
     return queries, keys, check_eps(eps)
 
 
-def _blocks(queries, chosen, key_indices, eps, f, row_sums, size):
+def with_row_sums(
+    block: Float[np.ndarray, "b D"], keys: Float[np.ndarray, "S D"], row_sums: RowSums
+) -> tuple[Float[np.ndarray, "b D"], Float[np.ndarray, " b"]]:
+    """Queries and their normalisers under |x|^p, each query times a power of two that keeps both in float64.
+
+    The attention of a query is that of its multiples.
+    """
+    block = np.ldexp(block, -np.frexp(np.max(np.abs(block), axis=1, keepdims=True))[1])
+    sums = row_sums(block)
+    small = sums < _SMALL_SUM
+    if np.any(small):
+        largest = _largest_products(block[small], keys)
+        block[small] = np.ldexp(block[small], -np.frexp(largest)[1][:, None])
+        sums[small] = row_sums(block[small])
+    return block, sums
+
+
+def _largest_products(queries, keys):
+    largest = np.zeros(len(queries))
+    for _, block in row_blocks(keys, max(1, (1 << 21) // len(queries))):
+        np.maximum(largest, np.max(np.abs(queries @ block.T), axis=1), out=largest)
+    return largest
+
+
+def _blocks(queries, keys, chosen, key_indices, eps, f, row_sums, size):
     threshold = eps * (1 - EXACT) / (1 + row_sums.relative_error)
     for start, block in row_blocks(queries, size):
-        if isinstance(f, Power):  # the attention of a query is that of its multiples: none leaves float64
-            block = np.ldexp(block, -np.frexp(np.max(np.abs(block), axis=1, keepdims=True))[1])
-        sums = row_sums(block)
-        if not np.all(np.isfinite(sums)):
-            raise ValueError(f"sum of f overflows float64 for query {start + int(np.argmin(np.isfinite(sums)))}: scale")
+        if isinstance(f, Power):
+            block, sums = with_row_sums(block, keys, row_sums)
+        else:
+            sums = row_sums(block)
+            small = np.flatnonzero(sums < _SMALL_SUM)
+            is_lost = ~np.isfinite(sums)
+            is_lost[small] |= _largest_products(block[small], keys) > 0 if len(small) else False
+            if np.any(is_lost):
+                way = "under" if sums[is_lost][0] < 1 else "over"
+                raise ValueError(
+                    f"sum of f {way}flows float64 for query {start + int(np.argmax(is_lost))}: bring queries and "
+                    "keys to a scale at which f is near 1"
+                )
         values = f(block @ chosen.T)
         # Of a row that is all zero every entry would pass a threshold of 0.
         least = np.where(sums > 0, threshold * sums, math.inf)

@@ -33,6 +33,8 @@ from levattn.core.lewis import solve_weights
 # Even p takes the smaller of the Lewis and the tensor bound of each key where the tensor power has at most this many
 # features; beyond, the Lewis bound alone.
 MAX_TENSOR_FEATURES = 512
+# Keys shorter than this beside the longest would leave float64 when squared: they are bounded among themselves.
+_FAR = 1e-100
 _MAX_PEELS = 8  # rounds in which keys of large sensitivity are set aside
 _TOLERANCE = 1e-7  # of the Lewis weights; the bounds are raised by it
 
@@ -66,18 +68,24 @@ def sensitivity_bounds(keys: Float[Array | np.ndarray, "S D"], f: AttentionFunct
       keys: Keys; ill-conditioned, rank-deficient, repeated and zero keys are fine.
       f: The function of attention, see `levattn.core.functions`.
 
+    What no float64 computation can tell apart is: where the keys are deficient in rank (their singular values, columns
+    scaled to equal norms, fall below 32 D roundings of the largest), a part of a key in the missing directions below
+    16 D roundings, 4e-15 D of its length, counts as its rounding.
+
     Returns:
       Bounds in [0, 1], float64; exactly 0 for zero keys where f grows at all. For |x|^p their sum is at most about
       rank^max(1, p/2).
 
     Raises:
-      ValueError: For keys that are not finite, or an f without a growth bound (softmax): nothing can be promised then.
+      ValueError: For keys that are not finite, an f without a growth bound (softmax): nothing can be promised then; or
+        one that grows by a power p out of the range of `lewis_weights`, 0.1 to 100.
       RuntimeError: Lewis weights did not converge.
 
     Cost: 3 S D^2 operations for x^2 in D^2 numbers of memory; for other powers 4 S D^2 in each of some 20 iterations
-    and S D numbers; with the tensor power 3 S F^2 more, F <= 512 features; for f between two powers up to 9 times.
+    (see `lewis_weights`) and S D numbers; with the tensor power 3 S F^2 more, F <= 512 features; for f between two
+    powers up to 9 times.
     """
-    keys = at_unit_scale(checked_matrix("keys", keys))
+    keys = checked_matrix("keys", keys)
     if f.growth is None:
         raise ValueError(f"{f} has no growth bound, so its sensitivities have none: use a power, Huber or Growth")
     lower, upper, constant = f.growth
@@ -100,6 +108,14 @@ def _between_powers(keys, lower, upper) -> np.ndarray:
 
 
 def _power_bounds(keys, p) -> np.ndarray:
+    if keys.dtype == np.float64:  # float32 does not reach as far
+        sizes = np.concatenate([np.max(np.abs(block), axis=1) for _, block in row_blocks(keys)])
+        far = (sizes > 0) & (sizes < _FAR * np.max(sizes))
+        if np.any(far):
+            bounds = np.empty(len(keys))
+            bounds[far], bounds[~far] = _power_bounds(keys[far], p), _power_bounds(keys[~far], p)
+            return bounds
+    keys = at_unit_scale(keys)
     basis = orthonormal_basis(keys)
     if not basis.rank:
         return np.zeros(len(keys))

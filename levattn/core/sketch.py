@@ -18,7 +18,7 @@ import scipy.sparse
 import scipy.special
 from jaxtyping import Array, Float
 
-from levattn.core.basis import Basis, checked_matrix, orthonormal_basis, row_blocks
+from levattn.core.basis import Basis, at_unit_scale, checked_matrix, orthonormal_basis, row_blocks
 
 NUM_EMBEDDINGS = 2  # independent ones; scores are the larger of theirs
 
@@ -93,7 +93,7 @@ def sketched_leverage_bounds(
     Cost: 4 S D for the embeddings, 4 m D^2 for their factors with m = (D^2 + D) / (gamma^2 sqrt(failure / 2)) rows, and
     2 S D g for g directions (4 S D^2 without).
     """
-    keys = checked_matrix("keys", keys)
+    keys = at_unit_scale(checked_matrix("keys", keys))
     if num_directions is not None and num_directions < 1:
         raise ValueError(f"{num_directions=} must be at least 1")
     _check_probability(failure)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp  # with it NumPy knows bfloat16
 import numpy as np
 from jaxtyping import Float
 
@@ -68,24 +69,26 @@ class KeyFile:
                     yield np.broadcast_to(np.zeros((), self.dtype), (last - first, self.head_dim))
 
 
-def open_keys(path: str | Path, *, head_dim: int | None = None, record_dtype: Any = np.float32) -> KeyFile:
+def open_keys(path: str | Path, *, head_dim: int | None = None, record_dtype: Any = None) -> KeyFile:
     """Opens a file of keys and reads its header only.
 
     Args:
-      path: A `.npy` file of a matrix of rows (float16, float32 or float64, C order), or an `.array_record` file in
-        which every record is the bytes of one row.
+      path: A `.npy` file of a matrix of rows (float16, float32 or float64 of either byte order, C order), or an
+        `.array_record` file in which every record is the bytes of one row.
       head_dim: The width that is expected. None: whatever the file has.
-      record_dtype: Of the numbers in an ArrayRecord file, which does not say.
+      record_dtype: Of the numbers in an ArrayRecord file, which does not say; None: float32 or float64, whichever makes
+        rows of the width `head_dim`.
 
     Raises:
       FileNotFoundError: There is no such file.
-      ValueError: It is of another kind, holds something else, is empty, cut short or of another width.
+      ValueError: It is of another kind, holds something else, is empty, cut short or of another width; or nothing says
+        what the bytes of its records are.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} is not a file: give a .npy or .array_record file of keys")
     if path.suffix in _RECORD_SUFFIXES:
-        file = _open_records(path, np.dtype(record_dtype))
+        file = _open_records(path, head_dim, record_dtype)
     elif path.suffix == ".npy":
         file = _open_npy(path)
     else:
@@ -147,10 +150,27 @@ def _open_npy(path):
     return KeyFile(path, *array.shape, array.dtype, offset)
 
 
-def _open_records(path, dtype):
+def _open_records(path, head_dim, record_dtype):
     records = _records(path)
     num_keys = len(records)
     num_bytes = len(records[0]) if num_keys else 0
+    if record_dtype is None:
+        sizes = {} if head_dim is None else {4 * head_dim: np.float32, 8 * head_dim: np.float64}
+        if num_keys and num_bytes not in sizes:
+            width = (
+                "no width (--width) was given" if head_dim is None else f"width {head_dim} makes no float32 or float64"
+            )
+            raise ValueError(
+                f"{str(path)!r}: records of {num_bytes} bytes do not say of which dtype they are, and {width}: give "
+                f"record_dtype (--record_dtype), float32 for width {num_bytes / 4:g}, say"
+            )
+        record_dtype = sizes.get(num_bytes, np.float32)
+    try:
+        dtype = np.dtype(record_dtype)
+    except TypeError as error:
+        raise ValueError(f"{record_dtype=} (--record_dtype) is no dtype: give float32, say") from error
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize > 8:
+        raise ValueError(f"{record_dtype=} (--record_dtype) must be of floating point, of 64 bits at most")
     if num_bytes % dtype.itemsize:
         raise ValueError(f"{str(path)!r}: a record of {num_bytes} bytes is no row of {dtype}")
     return KeyFile(path, num_keys, num_bytes // dtype.itemsize, dtype, None)
@@ -179,7 +199,7 @@ def _row_reader(file):
                 if not num_read:
                     raise ValueError(f"{str(file.path)!r} ends before key {last}: it was cut short while being read")
                 unread = unread[num_read:]
-            return chunk
+            return chunk.astype(file.dtype.newbyteorder("="), copy=False)
 
         yield read
 

@@ -23,15 +23,18 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from levattn.core.basis import Basis, orthonormal_basis
-from levattn.core.lewis import solve_weights
-from levattn.universal.sets import SLACK, UniversalSet, check_eps, passes
+from levattn.core.basis import Basis, orthonormal_basis, real_array
+from levattn.core.lewis import check_power, solve_weights
+from levattn.universal.chunks import check_chunk
+from levattn.universal.sets import SLACK, UniversalSet, check_eps, narrowed, passes
 
 Factor = Float[np.ndarray, "r D"]  # M = factor^T factor
 _ITERATIONS = 20
 # Lewis weights need only be near: the form is scaled to be valid for whatever weights it is made of.
 _TOLERANCE = 1e-2
 _ROUNDING = 1e-9
+# Keys longer, or shorter and not 0, leave float64 with the forms that are made of them.
+_LARGEST, _SMALLEST = 1e290, 1e-290
 
 
 class LewisState(NamedTuple):
@@ -62,7 +65,7 @@ class LewisState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LewisStream:
-    """The universal set of |x|^p, p > 0, in one pass. Methods are pure and run on the host, in float64.
+    """The universal set of |x|^p, 0.1 <= p <= 100, in one pass. Methods are pure and run on the host, in float64.
 
     The set contains every key of sensitivity at least eps. It may hold keys of less: `scores` are upper bounds.
 
@@ -85,8 +88,7 @@ class LewisStream:
         check_eps(self.eps)
         if self.head_dim < 1:
             raise ValueError(f"head_dim={self.head_dim} must be at least 1")
-        if not 0 < self.p < math.inf:
-            raise ValueError(f"p={self.p} must be a positive number")
+        check_power(self.p)
         if self.max_waiting < 1:
             raise ValueError(f"max_waiting={self.max_waiting} must be at least 1")
 
@@ -110,7 +112,7 @@ class LewisStream:
         Cost: 4 C D^2 operations for each of the ten or so iterations of the Lewis weights.
 
         Raises:
-          ValueError: More than `max_waiting` keys would have to wait.
+          ValueError: More than `max_waiting` keys would have to wait; and as `summarise`.
         """
         state, keys = self.summarise(state, keys, num_valid)
         if not len(keys):
@@ -135,8 +137,21 @@ class LewisStream:
         Returns:
           The state, and the keys of the chunk that count, in float64; a key that is not finite counts as zero here, and
           is refused at the end.
+
+        Raises:
+          ValueError: For a chunk of another width, a `num_valid` that is negative or above the number of rows, entries
+            that are no real numbers, or a finite key of a size beyond 1e-290 to 1e290.
         """
-        keys = np.asarray(keys)[:num_valid].astype(np.float64)
+        keys = real_array("keys", keys)
+        check_chunk(keys, self.head_dim, num_valid)
+        keys = keys[:num_valid].astype(np.float64)
+        sizes = np.max(np.abs(keys), axis=1, initial=0)
+        is_lost = (sizes > 0) & (sizes < _SMALLEST) | (sizes > _LARGEST) & (sizes < math.inf)
+        if np.any(is_lost):
+            raise ValueError(
+                f"a key of size {sizes[np.argmax(is_lost)]:.3g} is beyond {_SMALLEST:g} to {_LARGEST:g}: multiply all "
+                "keys by a power of two, which changes no set"
+            )
         is_bad = ~np.all(np.isfinite(keys), axis=1)
         first_bad = state.first_bad
         if np.any(is_bad):
@@ -149,7 +164,16 @@ class LewisStream:
         """The state after the keys of both, wherever they were seen.
 
         To take in more keys afterwards, the second must have seen those that follow the first's.
+
+        Raises:
+          ValueError: For states of another width, or with a waiting key in common.
         """
+        for state in (first, second):
+            check_chunk(state.keys, self.head_dim, None)
+        if len(repeated := np.intersect1d(first.positions, second.positions)):
+            raise ValueError(
+                f"key {repeated[0]} waits in both states: give every part of the stream its own start, merge it once"
+            )
         levels = first.levels
         for level, factor in enumerate(second.levels):
             if factor.size:
@@ -178,7 +202,7 @@ class LewisStream:
         keys = np.asarray(keys, np.float64)
         scores = np.sum(np.square(form.rows(keys)), axis=1) ** (self.p / 2)
         scores *= (1 + form.relative_error + _ROUNDING) ** self.p
-        return np.minimum(np.where(form.is_resolved(keys), scores, 1), 1)
+        return np.where(form.is_resolved(keys) & (scores < 1), scores, 1)  # of NaN nothing is known
 
     def finish(self, state: LewisState) -> UniversalSet:
         """The set, every waiting key scored once more against all that came.
@@ -191,17 +215,18 @@ class LewisStream:
 
     def select(self, state: LewisState) -> UniversalSet:
         """The set of the keys that wait in a state."""
-        order = np.argsort(state.positions, kind="stable")
+        order, total = np.argsort(state.positions, kind="stable"), state.dropped + float(np.sum(state.bounds))
         scores = state.bounds[order].astype(np.float32)
         scores = np.where(scores < state.bounds[order], np.nextafter(scores, np.float32(2)), scores)
         return UniversalSet(
             indices=state.positions[order],
             scores=scores.astype(np.float32),
             eps=float(self.eps),
-            size_bound=(state.dropped + float(np.sum(state.bounds))) / (self.eps * (1 - SLACK)),
+            size_bound=float(min(total / (self.eps * (1 - SLACK)), state.num_keys)),
             guarantee=f"f = |x|^{self.p:g}: every key whose sensitivity is at least eps is in the set, for all "
-            "queries; scores are upper bounds from merged Lewis forms, so that the set may hold keys of less",
-            keys=state.keys[order].astype(np.float32),
+            "queries, for keys taken as exact to 16 D roundings of float64; scores are upper bounds from merged Lewis "
+            "forms, so that the set may hold keys of less",
+            keys=narrowed(state.keys[order]),
         )
 
     def _sift(self, state, form):
@@ -237,7 +262,9 @@ def _form_of_keys(keys, p):
         return np.zeros((0, keys.shape[1]))
     weights = solve_weights(orthonormal_basis(keys).rows(keys), p, tolerance=_TOLERANCE)
     keys, weights = keys[weights > 0], weights[weights > 0]  # to leave keys out only lowers the form
-    coefficients = weights ** (1 - 2 / p)
+    log_coefficients = (1 - 2 / p) * np.log(weights)
+    coefficients = np.exp(log_coefficients - np.max(log_coefficients))  # `_valid` sees to their scale
+    keys, coefficients = keys[coefficients > 0], coefficients[coefficients > 0]
     basis = orthonormal_basis(np.sqrt(coefficients)[:, None] * keys)
     return _valid(basis, coefficients, np.sum(np.square(basis.rows(keys)), axis=1), p)
 

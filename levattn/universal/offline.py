@@ -28,7 +28,8 @@ def universal_set(
       The set. For |x|^p it has at most rank^max(1, p/2) / eps keys.
 
     Raises:
-      ValueError: For keys that are empty or not finite, or eps out of range.
+      ValueError: For keys that are empty or not finite, or eps or the power of f out of range, see
+        `sensitivity_bounds`.
       RuntimeError: Lewis weights did not converge.
 
     Cost: that of `sensitivity_bounds`; for x^2 3 S D^2 operations, on the host in float64.
@@ -46,7 +47,10 @@ def describe_guarantee(f: AttentionFunction) -> str:
             f"no guarantee: {f} has no small universal set in the worst case; these are the keys whose leverage score "
             "is at least eps, a heuristic whose captured mass must be measured"
         )
-    promise = f"every entry >= eps of attention under {f} lies on a key of this set, whatever the queries"
+    promise = (
+        f"every entry >= eps of attention under {f} lies on a key of this set, whatever the queries, for keys taken as "
+        "exact to 16 D roundings of float64"
+    )
     if isinstance(f, Power) and f.p == 2:
         return f"{promise}; and for each key of the set some query gives it an entry of eps (up to rounding)"
     return f"{promise}; keys may be in it that no query gives an entry of eps, as scores are upper bounds"

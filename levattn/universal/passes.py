@@ -1,36 +1,37 @@
 """Takes the keys of a stream past a streaming algorithm, once or twice, and hands back the universal set."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
-import queue
+import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
 from levattn.universal import counts
 from levattn.universal.backlog import Backlog
+from levattn.universal.chunks import Chunks, cast_keys, fixed_chunks, prefetched
 from levattn.universal.files import KeyFile
 from levattn.universal.merge_reduce import LewisStream, check_stream
 from levattn.universal.running_gram import add_keys, init_gram, merge_grams
 from levattn.universal.sets import UniversalSet, check_eps, passes
 from levattn.universal.streaming import OnePassStream, finish_gram, score_bounds, select
 
-Chunks = Iterable[np.ndarray]
-Item = TypeVar("Item")
-
 # 1 MB at D = 64, float32: a chunk and its whitened rows stay in the caches of a core.
 CHUNK_ROWS = 4096
-# How often a pass stops to see whether it is in vain.
+# How often a pass waits for its device, to see whether it is in vain.
 _CHECK_EVERY = 64
+# Chunks of a second pass that are scored before the scores of the first of them are waited for.
+_AHEAD = 8
 
 
 class Part(NamedTuple):
@@ -40,10 +41,12 @@ class Part(NamedTuple):
       start: Position of the first.
       open_chunks: Starts a pass over them: gives them in order, in arrays of any number of rows. Told which of the
         chunks of the last pass matter now (None: all): what it gives in place of others is not looked at.
+      is_reused: Whether it may write a chunk over the last one.
     """
 
     start: int
     open_chunks: Callable[[Sequence[bool] | None], Chunks]
+    is_reused: bool = False
 
 
 def file_universal_set(
@@ -64,17 +67,19 @@ def file_universal_set(
     Args:
       file: From `open_keys`.
       num_workers: Threads, each with its own part of the file; what they found is merged. On CPU one for each core
-        is fastest; on an accelerator one is enough.
+        is fastest; on an accelerator one is enough. No more than there are chunks.
 
     The other arguments, what is returned and raised: see `stream_universal_set`.
     """
     if num_workers < 1:
         raise ValueError(f"{num_workers=} must be at least 1")
-    cuts = np.linspace(0, file.num_keys, min(num_workers, file.num_keys) + 1).astype(int).tolist()
+    chunk_rows = min(chunk_rows, file.num_keys)
+    num_chunks = -(-file.num_keys // max(chunk_rows, 1))
+    cuts = np.linspace(0, file.num_keys, min(num_workers, num_chunks) + 1).astype(int).tolist()
     parts = [
         Part(start, partial(file.chunks, max(chunk_rows, 1), start, stop)) for start, stop in itertools.pairwise(cuts)
     ]
-    return _run(parts, file.head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk)
+    return _run(parts, file.head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk, num_keys=file.num_keys)
 
 
 def stream_universal_set(
@@ -109,23 +114,31 @@ def stream_universal_set(
       The set, with its keys. It contains every key whose sensitivity is at least eps.
 
     Raises:
-      ValueError: For an argument out of range, a chunk of another width, no keys at all, keys that are not finite, or a
-        second pass that differs in length from the first.
+      ValueError: For an argument out of range, a chunk of another width, no keys at all, keys that are not finite or
+        that `dtype` does not hold, or a second pass that differs in length from the first.
+
+    An exception, Ctrl-C among them, ends the threads of the other parts after the chunk they are at.
     """
-    return _run([Part(0, lambda wanted: open_chunks())], head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk)
+    part = Part(0, lambda wanted: open_chunks(), is_reused=True)
+    return _run([part], head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk)
 
 
-def _run(parts, head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk):
+def _run(parts, head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk, num_keys=math.inf):
     check_eps(eps)
     if num_passes not in (1, 2):
         raise ValueError(f"{num_passes=} must be 1 or 2")
     if chunk_rows < 1:
         raise ValueError(f"{chunk_rows=} must be at least 1")
-    lock, num_read = threading.Lock(), [0, 0, 0]
+    lock, num_read, is_over = threading.Lock(), [0, 0, 0], threading.Event()
 
     def chunks(part, number, wanted=None):
-        with contextlib.closing(prefetched(fixed_chunks(part.open_chunks(wanted), chunk_rows, head_dim))) as ready:
+        made = fixed_chunks(part.open_chunks(wanted), chunk_rows, head_dim, copy=part.is_reused)
+        if p == 2:
+            made = ((cast_keys(keys, dtype), num_valid) for keys, num_valid in made)
+        with contextlib.closing(prefetched(made)) as ready:
             for keys, num_valid in ready:
+                if is_over.is_set():
+                    raise InterruptedError("another part of the stream has failed")
                 yield keys, num_valid
                 with lock:
                     num_read[number] += num_valid
@@ -134,74 +147,25 @@ def _run(parts, head_dim, eps, p, num_passes, chunk_rows, dtype, on_chunk):
 
     def each(work, *arguments):
         """`work` on every part and what goes with it, at the same time."""
-        with ThreadPoolExecutor(len(parts)) as pool:
+        pool = ThreadPoolExecutor(len(parts))
+        try:
             return list(pool.map(work, parts, *arguments))
+        except BaseException:
+            is_over.set()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     if p == 2:
         find = _one_pass if num_passes == 1 else _two_passes
         # Threads of BLAS would wait for each other, on matrices as small as these longer than they work.
         with threadpool_limits(1, "blas"):
-            return find(each, chunks, OnePassStream(head_dim, eps, dtype=jnp.dtype(dtype)))
+            stream = OnePassStream(head_dim, eps, dtype=jnp.dtype(dtype))
+            if num_keys < stream.num_slots:
+                stream = dataclasses.replace(stream, capacity=num_keys)
+            return find(each, chunks, stream)
     find = _one_lewis_pass if num_passes == 1 else _two_lewis_passes
     return find(each, chunks, LewisStream(head_dim, eps, float(p)))
-
-
-def fixed_chunks(chunks: Chunks, chunk_rows: int, head_dim: int) -> Iterator[tuple[Float[np.ndarray, "C D"], int]]:
-    """The same rows in arrays of one shape, each with the number of rows that count; the last is padded with zeros.
-
-    Raises:
-      ValueError: For a chunk that is not a floating-point matrix of width `head_dim`.
-    """
-    rest: list[np.ndarray] = []
-    num_waiting = 0
-    for number, chunk in enumerate(chunks):
-        chunk = np.asarray(chunk)
-        if chunk.ndim != 2 or chunk.shape[1] != head_dim or chunk.dtype.kind not in "fV":
-            raise ValueError(
-                f"chunk {number} has shape {chunk.shape} and dtype {chunk.dtype}: it must be floats of shape "
-                f"(keys, {head_dim})"
-            )
-        while num_waiting + len(chunk) >= chunk_rows:
-            head, chunk = chunk[: chunk_rows - num_waiting], chunk[chunk_rows - num_waiting :]
-            yield np.concatenate([*rest, head]) if rest else head, chunk_rows
-            rest, num_waiting = [], 0
-        if len(chunk):
-            rest.append(chunk)
-            num_waiting += len(chunk)
-    if num_waiting:
-        padding = np.zeros((chunk_rows - num_waiting, head_dim), rest[0].dtype)
-        yield np.concatenate([*rest, padding]), num_waiting
-
-
-def prefetched(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items, made in a thread that is up to `depth` ahead; errors come out where the item would have."""
-    ready: queue.Queue = queue.Queue(depth)
-    is_over = threading.Event()
-    end = object()
-
-    def fill():
-        try:
-            for item in items:
-                ready.put((item, None))
-                if is_over.is_set():
-                    return
-            ready.put((end, None))
-        except Exception as error:
-            ready.put((end, error))
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while (received := ready.get())[0] is not end:
-            yield received[0]
-        if received[1] is not None:
-            raise received[1]
-    finally:
-        is_over.set()
-        while thread.is_alive():  # it may be waiting for room
-            with contextlib.suppress(queue.Empty):
-                ready.get_nowait()
-            thread.join(0.01)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -237,24 +201,27 @@ def _add(stream, gram, keys, num_valid):
 
 def _two_passes(each, chunks, stream):
     def work(part):
-        gram, wanted = init_gram(stream.head_dim, stream.dtype), []
+        gram, wanted, unread = init_gram(stream.head_dim, stream.dtype), [], []
         backlog = Backlog(gram, stream.floor)
         for number, (keys, num_valid) in enumerate(chunks(part, 1)):
             may_matter = False
             if not backlog.takes(keys[:num_valid]):
                 gram, may_matter = _add(stream, backlog.settle(gram), keys, num_valid)
                 backlog = Backlog(gram, stream.floor)
-            wanted.append(bool(may_matter))
-            if number % _CHECK_EVERY == 0 and int(gram.num_bad):
-                break
+            unread.append(may_matter)
+            if number % _CHECK_EVERY == 0:
+                wanted += map(bool, jax.device_get(unread))
+                unread.clear()
+                if int(gram.num_bad):
+                    break
         if int(gram.num_bad):
             finish_gram(gram, part.start)  # says where
-        return backlog.settle(gram), wanted
+        return backlog.settle(gram), wanted + [bool(x) for x in jax.device_get(unread)]
 
     grams, wanted = zip(*each(work), strict=True)
     gram = finish_gram(functools.reduce(jax.jit(merge_grams), grams))
     num_keys = counts.to_int(gram.num_keys)
-    found, _ = _second_pass(each, chunks, lambda keys: np.asarray(score_bounds(gram, keys)), stream, num_keys, wanted)
+    found, _ = _second_pass(each, chunks, partial(score_bounds, gram), stream, num_keys, wanted)
     return select(gram, *found, stream.eps)
 
 
@@ -282,7 +249,7 @@ def _two_lewis_passes(each, chunks, stream):
     state = functools.reduce(stream.merge, each(work))
     check_stream(state)
     form = stream.form(state)
-    found, total = _second_pass(each, chunks, lambda keys: stream.bounds(form, keys), stream, state.num_keys)
+    found, total = _second_pass(each, chunks, partial(stream.bounds, form), stream, state.num_keys)
     positions, bounds, keys = found
     return stream.select(
         state._replace(positions=positions, bounds=bounds, keys=keys, dropped=total - float(np.sum(bounds)))
@@ -296,14 +263,24 @@ def _second_pass(each, chunks, bounds_fn, stream, num_keys, *wanted):
     """
 
     def work(part, wanted=None):
-        found, total, first = [], 0.0, part.start
+        found, total, first, under_way = [], 0.0, part.start, deque()
+
+        def take():
+            nonlocal total
+            first, keys, num_valid, bounds = under_way.popleft()
+            bounds = np.asarray(bounds)[:num_valid]
+            chosen = np.flatnonzero(passes(bounds, stream.eps))
+            found.append((first + chosen, bounds[chosen], keys[chosen]))
+            total += float(np.sum(bounds, dtype=np.float64))
+
         for number, (keys, num_valid) in enumerate(chunks(part, 2, wanted)):
             if wanted is None or any(wanted[number : number + 1]):
-                bounds = bounds_fn(keys)[:num_valid]
-                chosen = np.flatnonzero(passes(bounds, stream.eps))
-                found.append((first + chosen, bounds[chosen], keys[chosen]))
-                total += float(np.sum(bounds, dtype=np.float64))
+                under_way.append((first, keys, num_valid, bounds_fn(keys)))
+            if len(under_way) > _AHEAD:
+                take()
             first += num_valid
+        while under_way:
+            take()
         return found, total, first - part.start
 
     found, totals, lengths = zip(*each(work, *wanted), strict=True)

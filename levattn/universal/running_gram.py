@@ -54,6 +54,7 @@ class RunningGram(NamedTuple):
       num_refreshes: So far. Scores from before a refresh and after it differ.
       num_bad: Keys with a NaN or infinity. They are left out, and whoever finishes has to refuse.
       first_bad: Where the first of them was, as `num_keys`.
+      num_tiny: Keys below the smallest normal number, which accelerators and XLA:CPU take for 0. As `num_bad`.
     """
 
     whiten: Float[Array, "D D"]
@@ -69,12 +70,19 @@ class RunningGram(NamedTuple):
     num_refreshes: Int[Array, ""]
     num_bad: Int[Array, ""]
     first_bad: UInt[Array, "2"]
+    num_tiny: Int[Array, ""]
 
 
 def slack(dtype) -> float:
     """How far below a threshold a computed score still passes, relative to it. Covers the rounding of sums and products
     of whitened keys; what the condition number adds is in `RunningGram.inflation`."""
     return 2.0**13 * float(jnp.finfo(dtype).eps)
+
+
+def rounding_tolerance(head_dim: int) -> int:
+    """A part of a key in a direction that no key so far has counts as rounding up to so many roundings of the products
+    that it is the sum of."""
+    return max(2 * head_dim, 32)
 
 
 def init_gram(head_dim: int, dtype=jnp.float32) -> RunningGram:
@@ -108,6 +116,7 @@ def init_gram(head_dim: int, dtype=jnp.float32) -> RunningGram:
         num_refreshes=jnp.zeros((), jnp.int32),
         num_bad=jnp.zeros((), jnp.int32),
         first_bad=jnp.zeros(2, jnp.uint32),
+        num_tiny=jnp.zeros((), jnp.int32),
     )
 
 
@@ -135,8 +144,9 @@ def add_keys(
       after a refresh, else up to twice too large for keys alike in distribution. Cost: 4 C D^2 operations, half of it
       while keys are well-conditioned and below `floor`; a QR factorisation of the chunk when it brings something new.
     """
-    keys = jnp.asarray(keys, gram.gram.dtype)
     is_row = jnp.arange(len(keys)) < num_valid
+    is_tiny = is_row & _are_tiny(jnp.asarray(keys), gram.gram.dtype)
+    keys = jnp.asarray(keys, gram.gram.dtype)
     # One pass finds them all: NaN and infinity survive a sum of magnitudes.
     is_bad = is_row & ~jnp.isfinite(jnp.sum(jnp.abs(keys), axis=1))
     keys = jnp.where((is_row & ~is_bad)[:, None], keys, 0)
@@ -172,6 +182,7 @@ def add_keys(
         num_keys=num_keys,
         num_bad=gram.num_bad + jnp.sum(is_bad, dtype=jnp.int32),
         first_bad=jnp.where((gram.num_bad == 0) & jnp.any(is_bad), bad_at, gram.first_bad),
+        num_tiny=gram.num_tiny + jnp.sum(is_tiny, dtype=jnp.int32),
     ), jnp.where(is_row, scores, 0)
 
 
@@ -202,6 +213,7 @@ def merge_grams(first: RunningGram, second: RunningGram) -> RunningGram:
         num_refreshes=first.num_refreshes + second.num_refreshes + 1,
         num_bad=first.num_bad + second.num_bad,
         first_bad=jnp.where(first.num_bad > 0, first.first_bad, second.first_bad),
+        num_tiny=first.num_tiny + second.num_tiny,
     )
 
 
@@ -236,6 +248,19 @@ def rank(gram: RunningGram) -> Int[Array, ""]:
     return jnp.sum(~gram.unresolved)
 
 
+def _are_tiny(keys, dtype):
+    """Which keys are not 0, but will be taken for it. By their bits: to compare them is to take them for 0."""
+    if not jnp.issubdtype(keys.dtype, jnp.floating) or jnp.finfo(keys.dtype).minexp > jnp.finfo(dtype).minexp:
+        return jnp.zeros(len(keys), bool)
+    info = jnp.finfo(keys.dtype)
+    if info.minexp < jnp.finfo(dtype).minexp:
+        sizes = jnp.max(jnp.abs(keys), axis=1)
+        return (sizes > 0) & (sizes < jnp.finfo(dtype).tiny)
+    bits = jax.lax.bitcast_convert_type(keys, f"uint{info.bits}") << 1  # without the sign
+    largest = jnp.max(bits, axis=1)
+    return (largest > 0) & (largest < 1 << (info.nmant + 1))
+
+
 def _measure(gram, keys):
     """What a chunk adds to the whitened Gram matrix, and its scores."""
     rows = _whitened(gram, keys)
@@ -265,7 +290,7 @@ def _scores(gram, rows, keys):
     def with_unresolved():
         # A part beyond the rounding of the product it was computed by. Term by term, so that a tiny column counts.
         size = jnp.matmul(jnp.abs(keys), jnp.abs(gram.whiten), precision="highest")
-        tolerance = max(2 * keys.shape[1], 32) * jnp.finfo(keys.dtype).eps
+        tolerance = rounding_tolerance(keys.shape[1]) * jnp.finfo(keys.dtype).eps
         beyond = jnp.any((jnp.abs(rows) > tolerance * size) & gram.unresolved, axis=1)
         return jnp.where(beyond, jnp.inf, scores)
 
@@ -296,7 +321,11 @@ def _refresh(stacked, gram):
     unresolved = ~(singular > cut)
     safe = jnp.where(unresolved, 1, singular)
     inflation = 1 / jnp.square(1 - jnp.where(unresolved, 0, 0.5 * cut / safe))
-    is_mild = singular[-1] * _MILD_CONDITION > singular[0]
+    # Squares of keys as they stand must neither vanish nor overflow.
+    square_safe = (largest > jnp.sqrt(jnp.finfo(dtype).tiny) * 2**16) & (
+        largest < jnp.sqrt(jnp.finfo(dtype).max) / 2**16
+    )
+    is_mild = (singular[-1] * _MILD_CONDITION > singular[0]) & jnp.all(square_safe)
     return gram._replace(
         whiten=right.T / scale[:, None] / safe,
         factor=jnp.where(unresolved, 0, singular)[:, None] * right * scale,

@@ -20,7 +20,7 @@ class UniversalSet:
       indices: Which keys, ascending. `U` stands for their number.
       scores: Upper bounds on their sensitivities, rounded up to float32.
       eps: The threshold.
-      size_bound: No more keys than this can pass: the sum of all scores over eps.
+      size_bound: No more keys than this can pass: the sum of all scores over eps, or all keys.
       guarantee: In plain words, what holds and what does not.
       keys: The keys themselves, where they were kept.
     """
@@ -34,6 +34,13 @@ class UniversalSet:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+def narrowed(keys: Float[np.ndarray, "U D"]) -> Float[np.ndarray, "U D"]:
+    """The same keys, as float32 if that holds them exactly."""
+    with np.errstate(over="ignore"):
+        narrow = np.asarray(keys, np.float32)
+    return narrow if np.array_equal(narrow, keys) else np.asarray(keys)
 
 
 def threshold_set(
@@ -64,7 +71,7 @@ def threshold_set(
         indices=indices,
         scores=np.where(kept < scores[indices], np.nextafter(kept, np.float32(np.inf)), kept),
         eps=eps,
-        size_bound=float(np.sum(scores, dtype=np.float64)) / (eps * (1 - SLACK)),
+        size_bound=min(float(np.sum(scores, dtype=np.float64)) / (eps * (1 - SLACK)), float(len(scores))),
         guarantee=guarantee,
         keys=None if keys is None else np.asarray(keys[indices]),
     )

@@ -150,7 +150,7 @@ _find = jax.jit(sharded_candidates, static_argnames=("eps", "mesh", "axis", "one
 def num_slots(num_local: int, head_dim: int, eps: float) -> int:
     """Keys that a shard of `num_local` may send: scores sum to at most D, locally and globally, and a little for
     their inflation by rounding."""
-    return min(num_local, int(1.25 * head_dim / eps) + 1)
+    return int(min(num_local, 1.25 * head_dim / eps + 1))
 
 
 def communicated_bytes(
@@ -162,7 +162,7 @@ def communicated_bytes(
     """
     num_local = num_keys // num_devices
     slots = num_slots(num_local, head_dim, eps)
-    message = bytes_per_number * head_dim * (head_dim + slots) + 5 * slots + 4 + 8
+    message = bytes_per_number * head_dim * (head_dim + slots) + 5 * slots + 4 + 12
     return {
         "selected": (num_devices - 1) * message,
         "gathered": (num_devices - 1) * num_local * head_dim * bytes_per_number,
@@ -223,15 +223,16 @@ def _take(keys, mine, slots):
 
 
 def _bad_keys(gram):
-    return jnp.stack([gram.num_bad, gram.first_bad[1].astype(jnp.int32)])
+    return jnp.stack([gram.num_bad, gram.first_bad[1].astype(jnp.int32), gram.num_tiny])
 
 
 def _global_gram(factors, bad, local, num_local):
-    num_bad, first_bad = bad[:, 0], bad[:, 1]
+    num_bad, first_bad, num_tiny = bad.T
     worst = jnp.argmax(num_bad > 0)
     return from_factors(factors.reshape(-1, factors.shape[-1]), local)._replace(
         num_keys=jnp.array([0, len(factors) * num_local], jnp.uint32),
         num_bad=jnp.sum(num_bad),
+        num_tiny=jnp.sum(num_tiny),
         first_bad=jnp.stack([jnp.uint32(0), (worst * num_local + first_bad[worst]).astype(jnp.uint32)]),
     )
 
