@@ -1,9 +1,11 @@
 """Evaluates a trained model under any attention: `eval.py --checkpoint runs/a --attention dense,leverage --k 8,32`.
 
-Writes the table to the terminal and, as results.csv, results.md and results.json, to `--out` (default: the workdir of
-the checkpoint). Further options of the attention: `--option keep_prefix=1 --option local_window=3x3`. The same for
-frozen features, without classes: `--config configs/retrofit.py:probe=CHECKPOINT,source=stamps`. A k for each layer from
-32 images: `--attention leverage --k 32 --calibrate 32`, and then `--budgets OUT/budgets.json`.
+A data set that has some of the model's classes is judged on these: its folders are named by WordNet ids, or as the
+config of the checkpoint names classes, or `--classes FILE` tells. Writes the table to the terminal and, as results.csv,
+results.md and results.json, to `--out` (default: the workdir of the checkpoint). Further options of the attention:
+`--option keep_prefix=1 --option local_window=3x3`. The same for frozen features, without classes: `--config
+configs/retrofit.py:probe=CHECKPOINT,source=stamps`. A k for each layer from 32 images: `--attention leverage --k 32
+--calibrate 32`, and then `--budgets OUT/budgets.json`.
 """
 
 from absl import flags
@@ -25,6 +27,7 @@ FLAGS = [
     flags.DEFINE_string("source", None, "Data, in place of the run's: stamps, folder:PATH, tfds:NAME, ..."),
     flags.DEFINE_string("split", None, "Split, in place of the run's evaluation split; slices such as test[:100]."),
     flags.DEFINE_integer("image_size", None, "Side of the images in pixels, if not as the model was trained."),
+    flags.DEFINE_string("classes", None, "File: which output (number or name) each class of the data is, a line each."),
     flags.DEFINE_integer("batch_size", None, "Examples at a time. None: as in training."),
     flags.DEFINE_integer("calibrate", None, "Write budgets.json instead: a k for each layer, --k on average."),
     flags.DEFINE_boolean("calibrate_heads", None, "Calibrate a k for each head of each layer."),

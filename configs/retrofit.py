@@ -7,6 +7,14 @@ A classifier, every method at every k in one pass over the data (nothing here is
     python eval.py --checkpoint runs/fmnist_dense --attention dense,leverage,kmeans --k 32,64
     python eval.py --checkpoint vit_s16.npz --source tfds:imagenet2012 --attention dense,leverage --k 32
 
+A classifier of ImageNet-1k on a part of its classes, such as Imagenette, ImageNet-A or -R in folders named by WordNet
+ids, among whose outputs alone it then chooses; otherwise `--classes FILE` has the number of each folder's output:
+
+    python eval.py --checkpoint vit_s16.npz --source folder:imagenette2-320 --attention dense,leverage --k 32
+
+What a nameless file does not tell, such as heads and activation, `arch=vit_base_patch16_224` does here and `--arch` for
+eval.py.
+
 Features, frozen: linear probe and k-NN fitted under dense attention and read out under the others, agreement with dense
 attention, error of each layer (of methods that `--attention` names, else all):
 
@@ -34,6 +42,7 @@ from ml_collections import ConfigDict
 from configs import common
 from levattn.attention import METHODS
 from levattn.data import open_source
+from levattn.models.pretrained import LoadOptions
 from levattn.training.config import DistillConfig, EvalConfig, ProbeConfig, TrainConfig, sections, to_dict
 from levattn.training.loaded import load_model
 
@@ -43,6 +52,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         arg,
         probe="",
         init_from="",
+        arch="",
         finetune=False,
         source="",
         epochs=1.0,
@@ -62,7 +72,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def _probe(arg: ConfigDict) -> ConfigDict:
     config = sections(EvalConfig)
-    config.checkpoint = arg.probe
+    config.checkpoint, config.arch = arg.probe, arg.arch or None
     config.attention = (arg.attention,) if arg.attention else tuple(METHODS)
     config.k = () if arg.k is None else (arg.k,)
     options = {name: arg[name] for name, default in common.ATTENTION.items() if arg[name] != default}
@@ -73,13 +83,14 @@ def _probe(arg: ConfigDict) -> ConfigDict:
 
 
 def _adapt(arg: ConfigDict) -> ConfigDict:
-    trained = load_model(arg.init_from, arg.source or None, allow_zero_head=True)
+    options = LoadOptions(allow_zero_head=True, arch=arg.arch or None)
+    trained = load_model(arg.init_from, arg.source or None, options=options)
     arg.attention = arg.attention or "leverage"
     config = sections(TrainConfig)
     config.update(to_dict(trained.config))
     config.model.attention.update(common.attention(arg))
     config.model.attention_by_layer = ()
-    config.init_from = arg.init_from
+    config.init_from, config.init_arch = arg.init_from, options.arch
     config.total_steps = None
     config.total_epochs = arg.epochs
     config.ema_decay = None  # an average over a longer run would still be where this one starts

@@ -308,6 +308,30 @@ def test_a_kill_between_commit_and_manifest_leaves_the_step_uncommitted(tmp_path
         assert is_state_of(checkpointer.restore(template()), 3)
 
 
+def test_a_kill_in_the_middle_of_the_removal_of_a_step_leaves_nothing_that_looks_damaged(three_checkpoints, tmp_path):
+    script = """
+        import os, shutil, signal, sys
+        from pathlib import Path
+        from levattn.training import checkpoint_folder
+        def remove_some(folder, **kwargs):
+            max(Path(folder).rglob("*"), key=lambda path: path.is_file()).unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        shutil.rmtree = remove_some
+        checkpoint_folder.remove_step(Path(sys.argv[1]), 1)
+    """
+    folder = tmp_path / "run"
+    shutil.copytree(three_checkpoints, folder)
+    process = start(script, folder)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert (folder / "1.deleted").is_dir()  # it was in the middle
+    assert committed_steps(folder) == [2, 3]
+    with Checkpointer(folder, keep_last=3) as checkpointer:
+        assert checkpointer.newest_sound_step() == 3
+        checkpointer.save(4, make_state(4), None, {})
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3", "4"]
+
+
 # Whole runs.
 
 
@@ -656,17 +680,13 @@ def test_the_layer_that_overflows_first_is_named(finished_run, tmp_path):
 
 @pytest.mark.slow
 def test_a_minute_of_kills_and_damage_ends_in_the_parameters_of_an_undisturbed_run(tmp_path):
-    """Faults are injected for half of it; `scripts/soak.py` by hand for longer."""
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "soak.py",
-        "--minutes=0.4",
-        "--steps=200",
-        "--out",
-        tmp_path / "a.json",
-    ]
+    """One of each that no other test does to a whole run; `scripts/soak.py` by hand for longer."""
+    wanted = ["SIGKILL", "data worker stopped"]
+    flags = ["--minutes=0", "--steps=400", "--delay=0.4", "--damage_share=1", "--kinds", *wanted]
+    command = [sys.executable, ROOT / "scripts" / "soak.py", "--out", tmp_path / "a.json", *flags]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "a.json").read_text())
-    assert figures["trainings"] >= 1
-    assert sum(figures["faults"].values()) >= 1
+    assert figures["trainings"] == 1
+    assert {*wanted} < figures["faults"].keys()  # and damage
+    assert figures["recoveries"]["found that it hung, and ended"] >= 1

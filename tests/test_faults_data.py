@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import signal
@@ -329,12 +330,18 @@ def test_a_run_trains_over_damaged_images_to_its_end(folder, tmp_path_factory):
         model=ModelConfig("Ti/4", width=16, depth=1, num_heads=1, mlp_dim=16, num_classes=2),
         batch_size=8,
         total_steps=6,
+        log_every_steps=3,
     )
     first = open_source(config.data, config.data.eval_split).files
     assert not {"good/00.jpg", "odd/01.jpg"} & set(first)
-    metrics = train(config, tmp_path_factory.mktemp("run"))
+    workdir = tmp_path_factory.mktemp("run")
+    metrics = train(config, workdir)
     assert np.isfinite(metrics["train/loss"])
     assert metrics["eval/count"] == 1
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["train/num_damaged"] for line in lines if "train/loss" in line]
+    assert logged[-1] == 2  # past the first epoch
+    assert sorted(logged) == logged
 
 
 # Evaluation

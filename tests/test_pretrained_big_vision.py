@@ -8,16 +8,16 @@ from checkpoints import random_params, to_old_naming
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from levattn.models import ModelConfig, unrolled_to_scan
-from levattn.models.pretrained import Preprocess, read_pretrained
+from levattn.models.pretrained import AS_PUBLISHED, LoadOptions, Preprocess, read_pretrained
 
 MODEL = ModelConfig("B/4", num_classes=5, width=16, depth=3, num_heads=2, mlp_dim=24, pool="gap", class_token=False)
 CLS = dataclasses.replace(MODEL, pool="cls", class_token=True)
 SIZE = 16
 
 
-def assert_reads(path, model, params, **kwargs):
+def assert_reads(path, model, params, options=AS_PUBLISHED):
     """The file is read as this model with these parameters."""
-    pretrained = read_pretrained(path, **kwargs)
+    pretrained = read_pretrained(path, options)
     assert (pretrained.layout, pretrained.model) == ("big_vision", model)
     found = flatten_dict(pretrained.params, sep="/")
     assert found.keys() == params.keys()
@@ -55,7 +55,7 @@ def test_fixed_positions_are_told_by_their_absence(tmp_path):
     model = dataclasses.replace(MODEL, posemb="sincos2d")
     params = random_params(model, SIZE)
     np.savez(tmp_path / "vit.npz", **params)
-    assert_reads(tmp_path / "vit.npz", model, params, image_size=SIZE)
+    assert_reads(tmp_path / "vit.npz", model, params, LoadOptions(SIZE))
     assert read_pretrained(tmp_path / "vit.npz").preprocess.image_size == 224
 
 

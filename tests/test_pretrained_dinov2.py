@@ -10,7 +10,7 @@ import safetensors.numpy
 from reference_vit import golden_arrays
 from test_pretrained_hugging_face import CASES, save_case
 
-from levattn.models.pretrained import read_pretrained
+from levattn.models.pretrained import LoadOptions, read_pretrained
 
 PLAIN, GIANT, REGISTERS = CASES[5], CASES[6], CASES[8]
 
@@ -46,9 +46,9 @@ def as_its_authors_name_it(case):
 def test_both_namings_are_one_model(case, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     safetensors.numpy.save_file(as_its_authors_name_it(case), tmp_path / "dinov2.safetensors")
-    got = read_pretrained(tmp_path / "dinov2.safetensors", image_size=24)
+    got = read_pretrained(tmp_path / "dinov2.safetensors", LoadOptions(24))
     (tmp_path / "transformers").mkdir()
-    expected = read_pretrained(save_case(tmp_path / "transformers", case), image_size=24)
+    expected = read_pretrained(save_case(tmp_path / "transformers", case), LoadOptions(24))
     assert (got.model, got.layout, got.preprocess) == (expected.model, expected.layout, expected.preprocess)
     jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
 
@@ -71,10 +71,10 @@ def test_names_of_its_authors_tell_what_does_not_fit(tmp_path):
 
 def test_what_is_built_on_a_backbone_is_left_out(tmp_path):
     (tmp_path / "alone").mkdir(), (tmp_path / "inside").mkdir()
-    expected = read_pretrained(save_case(tmp_path / "alone", PLAIN), image_size=16)
+    expected = read_pretrained(save_case(tmp_path / "alone", PLAIN), LoadOptions(16))
     arrays = golden_arrays(PLAIN["shapes"])
     changed = dict.fromkeys(arrays) | {f"backbone.{name}": array for name, array in arrays.items()}
     changed |= {"neck.layers.0.weight": np.ones((3, 3), np.float32), "head.weight": np.ones((3, 3), np.float32)}
-    got = read_pretrained(save_case(tmp_path / "inside", PLAIN, changed=changed), image_size=16)
+    got = read_pretrained(save_case(tmp_path / "inside", PLAIN, changed=changed), LoadOptions(16))
     assert got.model == expected.model
     jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)

@@ -124,7 +124,7 @@ def shapes_of(model, image_size):
 def test_training_starts_from_any_of_them_on_its_own_grid_and_classes(tmp_path, kind):
     exact = dataclasses.replace(MODEL, activation="gelu_exact")
     params = random_params(exact if kind == "timm" else MODEL, 16)
-    path = tmp_path / {"old": "vit.npz", "timm": "vit.pth", "own": "vit.safetensors"}[kind]
+    path = tmp_path / {"old": "vit.npz", "timm": "vit_base_patch4_16.pth", "own": "vit.safetensors"}[kind]
     if kind == "old":
         np.savez(path, **to_old_naming(params))
     elif kind == "timm":
@@ -138,6 +138,15 @@ def test_training_starts_from_any_of_them_on_its_own_grid_and_classes(tmp_path, 
     params["pos_embedding"] = resize_positions(params["pos_embedding"], (4, 4), (6, 6), method)
     for name, array in fitting.items():
         np.testing.assert_allclose(array, params[name], rtol=1e-5, err_msg=name)
+
+
+def test_positions_that_are_no_square_cannot_start_a_run(tmp_path):
+    """Files that name tensors as this project does are of square images."""
+    params = random_params(MODEL, 16)
+    params["pos_embedding"] = params["pos_embedding"][:, :15]
+    export_params(tmp_path / "own.npz", unflatten_dict(params, sep="/"), {})
+    with pytest.raises(ValueError, match=r"15 position embeddings are not those of \(3, 3\) patches"):
+        read_fitting(shapes_of(MODEL, 16), tmp_path / "own.npz", MODEL)
 
 
 def test_a_scanned_model_starts_from_a_published_one(tmp_path):
@@ -157,12 +166,32 @@ def test_a_head_of_zeros_may_start_a_run(tmp_path):
 
 
 def test_all_that_does_not_fit_is_listed_what_no_shape_shows_too(tmp_path):
-    save_torch(tmp_path / "vit.pth", to_timm(random_params(MODEL, 16)))
+    path = tmp_path / "vit_base_patch4_16.pth"
+    save_torch(path, to_timm(random_params(MODEL, 16)))
     other = dataclasses.replace(MODEL, mlp_dim=32, pre_norm=True, activation="quick_gelu", pool="gap")
     with pytest.raises(ValueError, match="does not fit the model") as error:
-        read_fitting(shapes_of(other, 16), tmp_path / "vit.pth", other)
+        read_fitting(shapes_of(other, 16), path, other)
     message = str(error.value)
     assert "encoderblock_1/MlpBlock_0/Dense_0/kernel is (128, 24) there, (128, 32) in the model" in message
     assert "pre_norm/scale (128,) is missing there" in message
     assert "cls is not in the model" in message
     assert "activation is 'gelu_exact' there, 'quick_gelu' in the model: set model.activation to that" in message
+
+
+def test_a_run_may_be_told_the_published_model_that_a_nameless_file_is_of(tmp_path):
+    """The name goes before what the width would say of heads; without it a guess is told to whoever trains."""
+    model = dataclasses.replace(MODEL, activation="quick_gelu", pre_norm=True, layer_norm_eps=1e-5)
+    params = random_params(model, 16)
+    params["embedding/bias"] *= 0
+    save_torch(tmp_path / "best.pth", to_timm(params))
+    shapes = shapes_of(model, 16)
+    found = read_fitting(shapes, tmp_path / "best.pth", model, arch="vit_medium_patch4_clip_quickgelu_224")
+    assert found.keys() == params.keys()
+    other = dataclasses.replace(model, activation="gelu_exact")
+    with pytest.warns(UserWarning, match=r"heads, activation.*guessed.*init_arch='"):
+        read_fitting(shapes, tmp_path / "best.pth", other)
+    with pytest.raises(ValueError, match="no published model's name"):
+        read_fitting(shapes, tmp_path / "best.pth", model, arch="quick_gelu")
+    export_params(tmp_path / "own.npz", unflatten_dict(params, sep="/"), {})
+    with pytest.raises(ValueError, match="init_arch='vit_base_patch4_224' tells nothing of"):
+        read_fitting(shapes, tmp_path / "own.npz", model, arch="vit_base_patch4_224")

@@ -1,5 +1,6 @@
 """Checkpoints as the transformers library saves them give the outputs of that library."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peers import import_transformers
 from reference_vit import forward, golden_arrays, golden_images
 
 from levattn.models import ViT
-from levattn.models.pretrained import Content, Preprocess, read_pretrained
+from levattn.models.pretrained import Content, LoadOptions, Preprocess, read_pretrained
 from levattn.models.pretrained.encoder import default_heads
 from levattn.models.pretrained.hub_config import read_preprocess
 from levattn.models.vit import EncoderBlock
@@ -40,7 +41,7 @@ def float64_outputs(pretrained, images):
 def test_outputs_are_the_librarys_own_at_any_size(case, size, tmp_path):
     """Golden outputs, printed by the library in float64. If this fails, files that it saved mean something else here:
     mend the reader. The library resizes position embeddings in float32."""
-    pretrained = read_pretrained(save_case(tmp_path, case), image_size=int(size))
+    pretrained = read_pretrained(save_case(tmp_path, case), LoadOptions(int(size)))
     expected = np.array(case["outputs"][size])
     got = float64_outputs(pretrained, golden_images(int(size)))
     np.testing.assert_allclose(got, expected, atol=1e-6 * np.abs(expected).max())
@@ -48,7 +49,7 @@ def test_outputs_are_the_librarys_own_at_any_size(case, size, tmp_path):
 
 
 def test_flax_agrees_with_the_golden_outputs(tmp_path):
-    pretrained = read_pretrained(save_case(tmp_path, DISTILLED), image_size=16)
+    pretrained = read_pretrained(save_case(tmp_path, DISTILLED), LoadOptions(16))
     images = golden_images(16).astype(np.float32)
     logits = jax.jit(ViT(pretrained.model).apply)({"params": pretrained.params}, images)
     np.testing.assert_allclose(logits, DISTILLED["outputs"]["16"], atol=1e-5)
@@ -71,7 +72,7 @@ def test_flax_agrees_with_the_golden_outputs(tmp_path):
     ],
 )
 def test_what_each_family_is_read_as(case, fields, head, tmp_path):
-    pretrained = read_pretrained(save_case(tmp_path, CASES[case]), image_size=16)
+    pretrained = read_pretrained(save_case(tmp_path, CASES[case]), LoadOptions(16))
     assert {name: getattr(pretrained.model, name) for name in fields} == fields
     assert pretrained.head == head
 
@@ -152,8 +153,8 @@ def test_names_of_modules_are_read_as_those_of_files_are(tmp_path):
             name = name.replace(old, new)
         changed[name] = array
     (tmp_path / "files").mkdir(), (tmp_path / "modules").mkdir()
-    expected = read_pretrained(save_case(tmp_path / "files", DISTILLED), image_size=16)
-    got = read_pretrained(save_case(tmp_path / "modules", DISTILLED, changed=changed), image_size=16)
+    expected = read_pretrained(save_case(tmp_path / "files", DISTILLED), LoadOptions(16))
+    got = read_pretrained(save_case(tmp_path / "modules", DISTILLED, changed=changed), LoadOptions(16))
     assert got.model == expected.model
     jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
 
@@ -164,6 +165,68 @@ def test_pretraining_by_masked_patches_leaves_its_decoder_behind(tmp_path):
     changed |= {"classifier.weight": None, "classifier.bias": None}
     pretrained = read_pretrained(save_case(tmp_path, VIT, changed=changed))
     assert (pretrained.head, pretrained.model.num_classes) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("beit", "BeitForImageClassification"),
+        ("audio-spectrogram-transformer", "ASTModel"),
+        ("yolos", "YolosForObjectDetection"),
+        ("dpt", "DPTForSemanticSegmentation"),
+        ("vilt", "ViltModel"),
+        ("vision-encoder-decoder", "VisionEncoderDecoderModel"),
+    ],
+)
+def test_models_whose_names_are_alike_and_that_are_no_vit_are_refused_by_name(kind, name, tmp_path):
+    config = VIT["config"] | {"model_type": kind} | {"architectures": [name]}
+    with pytest.raises(ValueError, match=f"is a {name} of transformers .* no plain Vision"):
+        read_pretrained(save_case(tmp_path, VIT, config=config))
+
+
+def test_what_is_of_no_layout_is_named_by_its_config(tmp_path):
+    safetensors.numpy.save_file({"layers.0.weight": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["SwinModel"], "model_type": "swin"}))
+    with pytest.raises(ValueError, match="is a SwinModel, of no layout that is known here"):
+        read_pretrained(tmp_path)
+
+
+def test_the_library_saves_blocks_of_vit_msn_without_the_prefix_of_the_rest(tmp_path):
+    arrays = golden_arrays(VIT["shapes"])
+    changed = dict.fromkeys(arrays) | {name.replace("vit.encoder.", "encoder."): x for name, x in arrays.items()}
+    (tmp_path / "vit").mkdir(), (tmp_path / "msn").mkdir()
+    expected = read_pretrained(save_case(tmp_path / "vit", VIT))
+    got = read_pretrained(
+        save_case(tmp_path / "msn", VIT, changed=changed, config=VIT["config"] | {"model_type": "vit_msn"})
+    )
+    assert (got.model, got.preprocess.mean) == (expected.model, IMAGENET["mean"])
+    jax.tree.map(np.testing.assert_array_equal, got.params, expected.params)
+
+
+def test_an_encoder_without_a_class_token_averages_its_patches(tmp_path):
+    """I-JEPA; its positions are those of the patches alone."""
+    embeddings = "vit.embeddings."
+    positions = golden_arrays(VIT["shapes"])[f"{embeddings}position_embeddings"][:, 1:]
+    changed = {f"{embeddings}cls_token": None, f"{embeddings}position_embeddings": positions}
+    config = VIT["config"] | {"model_type": "ijepa"}
+    pretrained = read_pretrained(save_case(tmp_path, VIT, changed=changed, config=config))
+    assert (pretrained.model.pool, pretrained.model.num_prefix_tokens, pretrained.head) == ("gap", 0, "classifier")
+    np.testing.assert_array_equal(pretrained.params["pos_embedding"], positions)
+
+
+def test_a_classifier_on_siglip_averages_its_patches_and_leaves_the_pooling_out(tmp_path):
+    (tmp_path / "tower").mkdir(), (tmp_path / "classifier").mkdir()
+    tower = read_pretrained(save_case(tmp_path / "tower", CASES[13]))
+    rng = np.random.default_rng(0)
+    kernel, bias = rng.normal(size=(5, 32)).astype(np.float32), rng.normal(size=5).astype(np.float32)
+    changed = {"classifier.weight": kernel, "classifier.bias": bias}
+    pretrained = read_pretrained(save_case(tmp_path / "classifier", CASES[13], changed=changed))
+    assert (pretrained.model.pool, pretrained.head, "MAPHead_0" in pretrained.params) == ("gap", "classifier", False)
+    images = golden_images(16)
+    tokens = {name: value for name, value in dict(tower.params).items() if name != "MAPHead_0"}
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tokens)
+    mean = forward(params, images, dataclasses.replace(tower.model, pool="gap"))
+    np.testing.assert_allclose(float64_outputs(pretrained, images), mean @ kernel.T + bias, rtol=1e-9)
 
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -220,7 +283,102 @@ def test_the_file_beside_the_weights_sets_the_size_of_images(tmp_path):
     np.testing.assert_allclose(float64_outputs(pretrained, golden_images(24)), CASES[5]["outputs"]["24"], atol=1e-6)
 
 
-# What follows compares with the library itself, at the sizes that are published.
+# What follows compares with the library itself: each class that is read, small, and those of the published sizes.
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+SMALL_VIT, CLASSES = SMALL | {"intermediate_size": 48}, {"num_labels": 5}
+TWO = {"vision_config": SMALL_VIT, "text_config": {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 20}}
+
+
+@pytest.mark.optin
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name, fields, output, head",
+    [
+        ("ViTModel", SMALL_VIT, "pooler_output", None),
+        ("ViTForImageClassification", SMALL_VIT | CLASSES, "logits", "classifier"),
+        ("DeiTModel", SMALL_VIT, "pooler_output", None),
+        ("DeiTForImageClassification", SMALL_VIT | CLASSES, "logits", "classifier"),
+        ("DeiTForImageClassificationWithTeacher", SMALL_VIT | CLASSES, "logits", "classifier"),
+        ("ViTMSNModel", SMALL_VIT, "first", None),
+        ("ViTMSNForImageClassification", SMALL_VIT | CLASSES, "logits", "classifier"),
+        ("ViTMAEModel", SMALL_VIT | {"mask_ratio": 0.0}, "first", None),
+        ("IJepaModel", SMALL_VIT, "mean", None),
+        ("IJepaForImageClassification", SMALL_VIT | CLASSES, "logits", "classifier"),
+        ("Dinov2Model", SMALL, "pooler_output", None),
+        ("Dinov2ForImageClassification", SMALL | CLASSES, "logits", "classifier"),
+        ("Dinov2WithRegistersModel", SMALL, "pooler_output", None),
+        ("Dinov2WithRegistersForImageClassification", SMALL | CLASSES, "logits", "classifier"),
+        ("CLIPModel", TWO | {"projection_dim": 12}, "features", "projection"),
+        ("CLIPVisionModel", SMALL_VIT, "pooler_output", None),
+        ("CLIPVisionModelWithProjection", SMALL_VIT | {"projection_dim": 12}, "image_embeds", "projection"),
+        ("AltCLIPVisionModel", SMALL_VIT, "pooler_output", None),
+        ("ChineseCLIPVisionModel", SMALL_VIT, "pooler_output", None),
+        ("MetaClip2VisionModelWithProjection", SMALL_VIT | {"projection_dim": 12}, "image_embeds", "projection"),
+        ("SiglipModel", TWO, "features", None),
+        ("SiglipVisionModel", SMALL_VIT, "pooler_output", None),
+        ("SiglipForImageClassification", TWO | CLASSES, "logits", "classifier"),
+    ],
+)
+def test_classes_of_the_library_give_its_outputs(name, fields, output, head, tmp_path):
+    transformers = import_transformers()
+    import torch
+
+    model = random_model(getattr(transformers, name), fields)
+    model.save_pretrained(tmp_path)
+    pretrained = read_pretrained(tmp_path, LoadOptions(16))
+    assert pretrained.head == head
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    pixels = torch.from_numpy(images.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        found = model.get_image_features(pixel_values=pixels) if output == "features" else model(pixel_values=pixels)
+    match output:
+        case "first":
+            expected = found.last_hidden_state[:, 0]
+        case "mean":
+            expected = found.last_hidden_state.mean(1)
+        case "features":
+            expected = getattr(found, "pooler_output", found)
+        case _:
+            expected = found[output]
+    got = jax.jit(ViT(pretrained.model).apply)({"params": pretrained.params}, images)
+    expected = expected.numpy()
+    np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.optin
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("BeitForImageClassification", SMALL_VIT),
+        ("Data2VecVisionModel", SMALL_VIT),
+        ("ASTModel", {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 8}),
+        ("YolosModel", SMALL_VIT | {"image_size": [16, 16]}),
+        ("VideoMAEModel", SMALL_VIT),
+        ("CLIPForImageClassification", TWO),
+        ("Siglip2VisionModel", {name: value for name, value in SMALL_VIT.items() if name != "image_size"}),
+        ("DINOv3ViTModel", SMALL_VIT),
+        ("SwinModel", {"depths": [1], "num_heads": [2]}),
+    ],
+)
+def test_classes_of_the_library_that_are_not_read_are_refused_by_name(name, fields, tmp_path):
+    random_model(getattr(import_transformers(), name), fields).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"is an? {name}"):
+        read_pretrained(tmp_path)
+
+
+def random_model(model_class, fields):
+    """A model whose every parameter is random: what starts at 0 or 1 would hide a mistake."""
+    import torch
+
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.03 * torch.randn_like(parameter)
+    return model
+
 
 VIT_S = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 VIT_L = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
@@ -248,12 +406,7 @@ def test_published_sizes_agree_with_the_library_block_by_block(name, fields, out
     transformers = import_transformers()
     import torch
 
-    model_class = getattr(transformers, name)
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # what starts at 0 or 1 would hide a mistake
-            parameter += 0.03 * torch.randn_like(parameter)
+    model = random_model(getattr(transformers, name), fields)
     model.save_pretrained(tmp_path)
     pretrained = read_pretrained(tmp_path)
     assert pretrained.model.variant == variant

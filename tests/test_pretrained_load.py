@@ -10,7 +10,7 @@ from checkpoints import random_params, save_torch, to_timm
 from flax.traverse_util import flatten_dict
 
 from levattn.models import ModelConfig
-from levattn.models.pretrained import Preprocess, read_pretrained
+from levattn.models.pretrained import LoadOptions, Preprocess, read_pretrained
 from levattn.models.pretrained.posemb import resize_positions
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -127,17 +127,17 @@ def test_a_head_of_zeros_is_refused_unless_asked_for(tmp_path):
     path = save_timm(tmp_path / "vit.safetensors", **{"head.weight": np.zeros((5, 128), np.float32)})
     with pytest.raises(ValueError, match=r"head/kernel is all zeros.*allow_zero_head=True"):
         read_pretrained(path)
-    assert not read_pretrained(path, allow_zero_head=True).params["head"]["kernel"].any()
+    assert not read_pretrained(path, LoadOptions(allow_zero_head=True)).params["head"]["kernel"].any()
 
 
 def test_another_image_size_resizes_positions_and_preprocessing(tmp_path):
     path = save_timm(tmp_path / "vit.safetensors")
-    small, large = read_pretrained(path), read_pretrained(path, image_size=32)
+    small, large = read_pretrained(path), read_pretrained(path, LoadOptions(32))
     assert (large.preprocess.image_size, large.preprocess.resize) == (32, 2 * small.preprocess.resize)
     expected = resize_positions(small.params["pos_embedding"], (4, 4), (8, 8), "bicubic_antialias")
     np.testing.assert_array_equal(large.params["pos_embedding"], expected)
     with pytest.raises(ValueError, match="multiple of the patch size 4"):
-        read_pretrained(path, image_size=30)
+        read_pretrained(path, LoadOptions(30))
 
 
 @pytest.mark.parametrize(

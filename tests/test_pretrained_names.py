@@ -11,6 +11,7 @@ import pytest
 import safetensors.numpy
 from checkpoints import random_params, save_torch, to_old_naming, to_timm
 from PIL import Image
+from reference_vit import golden_arrays
 from test_pretrained_clip import four_times_as_wide
 from test_pretrained_hugging_face import CASES, VIT, save_case
 from test_pretrained_load import IMAGENET, SIZE, TIMM, assert_same_params, save_timm
@@ -19,14 +20,15 @@ import levattn
 from levattn.analysis.evaluation import describe_model, run_evaluation
 from levattn.data import DataConfig, normalize, open_source
 from levattn.data.transforms import resize_short_and_centre_crop
-from levattn.models.pretrained import Content, Preprocess, read_content, read_pretrained
+from levattn.models.pretrained import Content, LoadOptions, Preprocess, read_content, read_pretrained
 from levattn.models.pretrained.hub_config import CLIP
 from levattn.models.pretrained.layouts.timm import _preprocess
+from levattn.models.pretrained.posemb import resize_positions
 from levattn.training.config import EvalConfig
 from levattn.training.loaded import load_model
 
 DEIT = Preprocess(SIZE, 17, **IMAGENET)
-ALL = ("heads", "activation", "mean and std", "resize")
+ALL = ("heads", "activation", "shape of images", "mean and std", "resize")
 
 
 def state_of(model=TIMM):
@@ -142,7 +144,7 @@ def test_the_options_of_the_model_in_a_training_script_are_read(tmp_path):
     save_torch(tmp_path / "x.pth", state_of()[1], wrapped_in=("state_dict",), beside={"args": args})
     pretrained = read_pretrained(tmp_path / "x.pth")
     assert (pretrained.model.dims.num_heads, pretrained.model.activation) == (4, "quick_gelu")
-    assert pretrained.guessed == ("mean and std", "resize")
+    assert pretrained.guessed == ("shape of images", "mean and std", "resize")
 
 
 def test_options_nested_without_end_cost_nothing(tmp_path):
@@ -224,16 +226,99 @@ def test_the_crop_of_published_models_is_timms(tmp_path, name, size, resize):
 # Shapes and names
 
 
-def test_images_that_are_not_square_are_refused_by_the_config(tmp_path):
-    (tmp_path / "hf").mkdir()
-    with pytest.raises(ValueError, match="only models of square images"):
-        read_pretrained(save_case(tmp_path / "hf", VIT, config=VIT["config"] | {"image_size": [8, 32]}))
+@pytest.mark.parametrize("teller", ["hugging_face", "img_size", "input_size", "name", "long_name", "arch", "user"])
+def test_images_that_are_not_square_have_a_grid_of_their_own_where_something_tells(tmp_path, teller):
+    """4 x 16 patches are as many as 8 x 8. Resized, the positions are those of their own grid."""
+    params = random_params(TIMM, 32)
+    state = {name: np.ascontiguousarray(x) for name, x in to_timm(params).items()}
+    file = {"name": "vit_base_patch4_16x64", "long_name": "vit_base_patch4_gap_016_064.tag"}.get(teller, "model")
+    told = {"arch": "vit_medium_patch4_16x64.tag"} if teller == "arch" else {}
+    native = {"image_size": (16, 64)} if teller == "user" else {}
+    if teller in ("img_size", "input_size"):
+        config = {"img_size": {"model_args": {"img_size": [16, 64]}}}
+        config["input_size"] = {"pretrained_cfg": {"input_size": [3, 16, 64]}}
+        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch4_224"} | config[teller]))
+    elif teller == "hugging_face":
+        state = {"vit." + name: x for name, x in to_hugging_face(params).items()}
+        told = {"arch": "vit-base-patch4-224"}
+        (tmp_path / "config.json").write_text(json.dumps({"image_size": [16, 64], "num_attention_heads": 2}))
+    path = tmp_path / f"{file}.safetensors"
+    safetensors.numpy.save_file(state, path)
+
+    wide = read_pretrained(path, LoadOptions(**told, **native))
+    assert (wide.preprocess.image_size, min(wide.preprocess.resize, 32)) == ((16, 64), wide.preprocess.resize)
+    assert "shape of images" not in wide.guessed
+    np.testing.assert_array_equal(wide.params["pos_embedding"], params["pos_embedding"])
+    if teller != "user":  # who has said the other size
+        method = "bicubic" if teller == "hugging_face" else "bicubic_antialias"
+        for size, grid in ((32, (8, 8)), ((32, 64), (8, 16))):
+            got = read_pretrained(path, LoadOptions(size, **told))
+            expected = resize_positions(params["pos_embedding"], (4, 16), grid, method)
+            np.testing.assert_array_equal(got.params["pos_embedding"], expected)
+            assert got.preprocess.image_size == size
+
+
+def test_a_size_to_come_is_none_that_a_published_model_was_trained_on(tmp_path):
+    """16 x 64 pixels have as many patches as the 32 x 32 that the model is known to have seen."""
+    params = random_params(TIMM, 32)
+    path = tmp_path / "vit_medium_patch4_32.safetensors"
+    safetensors.numpy.save_file({name: np.ascontiguousarray(x) for name, x in to_timm(params).items()}, path)
+    expected = resize_positions(params["pos_embedding"], (8, 8), (4, 16), "bicubic_antialias")
+    got = read_pretrained(path, LoadOptions((16, 64)))
+    np.testing.assert_array_equal(got.params["pos_embedding"], expected)
+
+
+@pytest.mark.parametrize("case", [VIT, CASES[5]], ids=["ViT", "DINOv2"])
+def test_the_grid_of_positions_goes_before_the_size_in_the_preprocessor(tmp_path, case):
+    """2 x 8 patches in the config, beside a preprocessor that makes squares."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": 32, "crop_size": 24}))
+    pretrained = read_pretrained(save_case(tmp_path, case, config=case["config"] | {"image_size": [8, 32]}))
+    stored = next(x for name, x in golden_arrays(case["shapes"]).items() if name.endswith("position_embeddings"))
+    assert (pretrained.preprocess.image_size, pretrained.preprocess.resize) == ((8, 32), 8)
+    np.testing.assert_array_equal(pretrained.params["pos_embedding"], stored[:, -16:])
+
+
+def test_a_square_number_of_positions_is_a_guess_where_nothing_tells(tmp_path):
+    path = save_timm(tmp_path / "best.safetensors")
+    assert read_pretrained(path).preprocess.image_size == SIZE
+    for size in (None, 2 * SIZE, (SIZE, 2 * SIZE)):  # the last two are not what it was trained on
+        assert "shape of images" in read_pretrained(path, LoadOptions(size)).guessed
+
+
+def test_evaluation_asks_for_a_square_of_a_model_that_has_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "x", "model_args": {"img_size": [8, 32]}}))
     path = save_timm(tmp_path / "model.safetensors")
-    wrong = ({"img_size": [8, 32]}, {"img_size": -16}, {"img_size": []})
-    for config in (*({"model_args": args} for args in wrong), {"pretrained_cfg": {"input_size": [3, 8, 32]}}):
-        (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"} | config))
-        with pytest.raises(ValueError, match="only models of square images"):
-            read_pretrained(path)
+    with pytest.raises(ValueError, match="images of 8x32 pixels, and data are prepared as squares: give image_size"):
+        load_model(path, "fake:num_classes=5,size=20,channels=3")
+    loaded = load_model(path, "fake:num_classes=5,size=20,channels=3", options=LoadOptions(SIZE))
+    assert (loaded.config.data.image_size, loaded.params["pos_embedding"].shape) == (SIZE, (1, 16, 128))
+
+
+@pytest.mark.parametrize("size", [-16, [], [4, 4, 4], "16"])
+def test_sizes_in_a_config_that_are_none_are_refused(tmp_path, size):
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": size}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"image_size=.* is neither a side|recognised as timm, but"):
+        read_pretrained(save_timm(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("size", [0, -8, (16, 0)])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises(ValueError, match=r"image_size=.* must be pixels"):
+        levattn.load_pretrained(save_timm(tmp_path / "model.safetensors"), image_size=size)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (16, 64), (18, 34), (200, 22)])
+@pytest.mark.parametrize("crop", [(16, 64), (64, 16)])
+def test_a_crop_that_is_no_square_is_covered_by_the_image_and_cut_from_its_centre(shape, crop):
+    image = np.zeros((*shape, 3), np.uint8)
+    image[: shape[0] // 2], image[:, : shape[1] // 2, 1] = (255, 0, 0), 255
+    pixels = Preprocess(crop, 20, mean=(0.0,) * 3, std=(1.0,) * 3)(image)
+    assert pixels.shape == (*crop, 3)
+    # Both edges stay in the middle, within two pixels, and no side of the crop lies outside of the image.
+    for axis, channel in ((1, 0), (0, 1)):
+        profile = pixels[..., channel].mean(axis=axis) - pixels[-1, -1, channel]
+        assert abs(np.sum(profile) / profile[0] - crop[1 - axis] / 2) <= 2
 
 
 def test_positions_that_do_not_fit_the_size_in_the_config_are_refused(tmp_path):
@@ -385,12 +470,14 @@ def test_a_model_is_described_with_what_is_a_guess(tmp_path):
     text = describe_model(trained)
     for part in (
         "2 heads (a guess), gelu_exact (a guess), output: classifier",
-        "images at 16 x 16 pixels, cut from a short side of 17, bicubic (a guess)",
+        "images at 16 x 16 pixels (a guess), cut from a short side of 17, bicubic (a guess)",
         "mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5 (a guess)",
         "--arch=",
     ):
         assert part in text
-    known = load_model(tmp_path / "best.safetensors", trained.config.data.source, arch="vit_medium_patch4_224")
+    known = load_model(
+        tmp_path / "best.safetensors", trained.config.data.source, options=LoadOptions(arch="vit_medium_patch4_224")
+    )
     assert "guess" not in describe_model(known)
 
 
@@ -447,4 +534,4 @@ def test_photographs_of_other_forms_are_converted_or_refused():
 def test_every_case_of_the_library_still_loads_without_a_note(tmp_path):
     for i, case in enumerate(CASES):
         (tmp_path / str(i)).mkdir()
-        assert read_pretrained(save_case(tmp_path / str(i), case), image_size=16).notes == ()
+        assert read_pretrained(save_case(tmp_path / str(i), case), LoadOptions(16)).notes == ()

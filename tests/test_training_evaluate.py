@@ -86,7 +86,10 @@ def test_without_specs_the_model_is_evaluated_as_it_was_trained(workdir):
 
 
 def test_every_method_that_keeps_every_key_agrees_with_dense(workdir):
+    """In the first layer of the model, so that each method compiles for one."""
     config, params = load_trained(workdir)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
+    del params["Transformer"]["encoderblock_1"]
     rows = evaluate_attention(config, params, list(expand(AttentionSpec(), list(METHODS), [TOKENS])))
     assert {row["attention"] for row in rows} == set(METHODS)
     assert len({row["accuracy"] for row in rows}) == 1

@@ -10,6 +10,7 @@ from flax.traverse_util import flatten_dict
 from PIL import Image
 
 from levattn.models import ModelConfig, ViT
+from levattn.models.pretrained import LoadOptions
 from levattn.training.config import ProbeConfig, to_dict
 from levattn.training.export import export_params
 from levattn.training.loaded import find_eval_split, load_model
@@ -71,8 +72,8 @@ def test_a_published_checkpoint_brings_its_preprocessing_and_needs_data(publishe
 
 
 def test_images_of_another_size_get_resized_positions(published, exported, photographs):
-    assert load_model(published, photographs, image_size=16).params["pos_embedding"].shape == (1, 16, 64)
-    larger = load_model(exported, image_size=12)
+    assert load_model(published, photographs, options=LoadOptions(16)).params["pos_embedding"].shape == (1, 16, 64)
+    larger = load_model(exported, options=LoadOptions(12))
     assert larger.params["pos_embedding"].shape == (1, 36, 32)
     assert larger.config.data.image_size == 12
 

@@ -4,29 +4,28 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from levattn.models import ViT
-from levattn.training.checkpoint import Checkpointer, has_checkpoint
+from levattn.training.checkpoint import Checkpointer, committed_steps, has_checkpoint
 from levattn.training.config import TrainConfig, from_config_dict, to_dict
 from levattn.training.export import export_params, load_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.loop import train
 from levattn.training.optim import make_optimizer
 from levattn.training.sharding import make_mesh
+from levattn.training.signals import EXIT_STOPPED
 from levattn.training.state import init_state, plan_state
-
-ROOT = Path(__file__).parents[1]
+from levattn.training.watchdog import EXIT_HUNG
+from tests.forked import Forks
 
 
 def make_config(**changes) -> TrainConfig:
@@ -261,72 +260,138 @@ def test_the_smallest_loss_is_the_checkpoint_that_is_kept(tmp_path):
         assert checkpointer.all_steps() == [best, 8]
 
 
+# Processes of their own.
+
 CONFIG_FILE = """
 from ml_collections import ConfigDict
 
 def get_config():
     return ConfigDict({
         "data": {"source": "digits"},
-        "model": {"variant": "Ti/2", "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64, "num_classes": 10},
-        "optimizer": {"learning_rate": 3e-3},
-        "checkpoint": {},
+        "model": {
+            "variant": "Ti/4", "width": 32, "depth": 1, "num_heads": 2, "mlp_dim": 64, "num_classes": 10, "dropout": 0.1
+        },
+        "optimizer": {"learning_rate": 3e-3, "schedule": "constant"},  # one program, whatever the length
+        "checkpoint": {"every_steps": 40},
         "batch_size": 64,
-        "total_steps": 4,
+        "total_steps": 120,
+        "log_every_steps": 1,
     })
 """
 
 
-def launch(tmp_path, *flags, num_devices=4):
-    config_file = tmp_path / "config.py"
-    config_file.write_text(CONFIG_FILE)
-    return subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--config", config_file, *flags],
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(num_devices), "JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+@pytest.fixture(scope="module")
+def launch():
+    """Starts `train.py` on the config above."""
+    forks = Forks()
+
+    def start(workdir, *flags, num_devices=1, name="log"):
+        workdir.mkdir(exist_ok=True)
+        config_file = workdir.with_suffix(".py")
+        config_file.write_text(CONFIG_FILE)
+        log = workdir.with_suffix(f".{name}")
+        return forks.start(log, f"--config={config_file}", f"--workdir={workdir}", *flags, num_devices=num_devices)
+
+    yield start
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def launch_two(launch):
+    """Starts two processes of one device each, as one run."""
+
+    def start(workdir, *flags):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        flags = (*flags, f"--coordinator_address={address}", "--num_processes=2")
+        return [launch(workdir, *flags, f"--process_id={i}", name=f"log{i}") for i in range(2)]
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def left_alone(launch, tmp_path_factory):
+    """The workdir of a run of one process on two devices."""
+    workdir = tmp_path_factory.mktemp("left_alone") / "run"
+    run = launch(workdir, num_devices=2)
+    assert run.wait() == 0, run.output()
+    return workdir
+
+
+def assert_same_export(workdir, other):
+    assert (workdir / EXPORT_FILE).read_bytes() == (other / EXPORT_FILE).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(launch_two, left_alone, tmp_path):
+    """Two processes of one device against one of two, bit for bit: a sum of two numbers has no order."""
+    runs = launch_two(tmp_path / "two")
+    assert [run.wait() for run in runs] == [0, 0], runs[0].output() + runs[1].output()
+    assert "eval 120/120" in runs[0].output()
+    assert "eval" not in runs[1].output()  # only process 0 speaks
+    assert_same_export(tmp_path / "two", left_alone)
+    two, one = metric_lines(tmp_path / "two"), metric_lines(left_alone)
+    assert two[:-1] == one[:-1]
+    assert two[-1] == pytest.approx(one[-1], rel=1e-6)  # of the evaluation: sums of many numbers
+    assert two[-1]["eval/count"] == 360
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_of_two_processes_stops_both_after_the_same_step_which_is_saved(launch_two, tmp_path):
+    flags = ["--config.total_steps=100000", "--config.checkpoint.every_steps=100000"]
+    other, told = launch_two(tmp_path / "run", *flags)
+    other.wait_for(lambda: "\nstep 2/" in other.output())
+    os.kill(told.pid, signal.SIGTERM)
+    assert [told.wait(), other.wait()] == [EXIT_STOPPED] * 2, told.output()[-2000:] + other.output()
+    (step,) = committed_steps(tmp_path / "run" / CHECKPOINT_FOLDER)
+    for run in (told, other):
+        assert f"stopped by SIGTERM after step {step} of 100000, which is saved" in run.output()
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_killed_the_other_ends_and_one_goes_on_to_the_same_parameters(
+    launch, launch_two, left_alone, tmp_path
+):
+    """Killed without notice, at whatever it is doing some time after the first checkpoint of the run."""
+    workdir = tmp_path / "run"
+    survivor, victim = launch_two(workdir)
+    survivor.wait_for(lambda: has_checkpoint(workdir / CHECKPOINT_FOLDER))
+    os.kill(victim.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    assert victim.wait() == -signal.SIGKILL
+    assert survivor.wait(timeout=30) == EXIT_HUNG == 69, survivor.output()
+    assert time.monotonic() - begin < 20
+    place = r"process 0 of 2, step \d+, (computing|waiting for a batch) since 20[-\d]+ [:\d]+: an error of XLA"
+    assert re.search(place, survivor.output())
+    assert 'loop.py", line' in survivor.output().rpartition("The stacks of all threads:")[2]
+    steps = committed_steps(workdir / CHECKPOINT_FOLDER)
+    assert not (workdir / EXPORT_FILE).exists()
+    resumed = launch(workdir, num_devices=2)
+    assert resumed.wait() == 0, resumed.output()
+    assert f"going on from step {steps[-1]} of 120" in resumed.output()
+    assert_same_export(workdir, left_alone)
+
+
+@pytest.mark.slow
+def test_where_one_of_two_processes_is_stopped_the_other_ends_in_time_with_the_stacks_of_its_threads(
+    launch_two, tmp_path
+):
+    """A collective that never returns: the process at its other end is there and does nothing."""
+    seconds = 6
+    stopped, waiting = launch_two(tmp_path / "run", f"--config.hang_timeout={seconds}")
+    stopped.wait_for(lambda: "\nstep 2/" in stopped.output())
+    os.kill(stopped.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    assert waiting.wait(timeout=60) == EXIT_HUNG, waiting.output()
+    assert seconds - 1 < time.monotonic() - begin < 3 * seconds
+    report = waiting.output().rpartition("\nerror: ")[2]
+    assert re.match(
+        r"process 1 of 2, step \d+, computing since 20[-\d]+ [:\d]+: no sign of life for hang_timeout=6 s", report
     )
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one_does(tmp_path):
-    """Two processes of two devices against one of four: the same batches, in another order within each."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    distributed = [f"--coordinator_address={address}", "--num_processes=2", f"--workdir={tmp_path / 'two'}"]
-    runs = [launch(tmp_path, *distributed, f"--process_id={i}", num_devices=2) for i in range(2)]
-    runs.append(launch(tmp_path, f"--workdir={tmp_path / 'one'}"))
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(outputs)
-    assert "eval 4/4" in outputs[0]
-    assert "eval" not in outputs[1]  # only process 0 speaks
-    two, one = (load_params(tmp_path / name / EXPORT_FILE)[0] for name in ("two", "one"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), two, one)
-    assert metric_lines(tmp_path / "two")[-1]["eval/count"] == 360
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_parameters_of_one_that_was_left_alone(tmp_path):
-    """Killed without notice, at whatever it is doing some time after its first checkpoint."""
-    flags = ["--config.total_steps=30", "--config.checkpoint.every_steps=10", "--config.model.dropout=0.1"]
-
-    def start(name):
-        return launch(tmp_path, f"--workdir={tmp_path / name}", *flags, num_devices=1)
-
-    whole, killed = start("whole"), start("killed")
-    while not has_checkpoint(tmp_path / "killed" / CHECKPOINT_FOLDER) and killed.poll() is None:
-        time.sleep(0.01)
-    killed.kill()
-    output, _ = killed.communicate()
-    assert killed.returncode == -signal.SIGKILL, output
-    assert not (tmp_path / "killed" / EXPORT_FILE).exists()
-    resumed = start("killed")
-    outputs = [run.communicate(timeout=120)[0] for run in (whole, resumed)]
-    assert [whole.returncode, resumed.returncode] == [0, 0], "\n".join(outputs)
-    assert "going on from step" in outputs[1]
-    ours, reference = ((tmp_path / name / EXPORT_FILE).read_bytes() for name in ("killed", "whole"))
-    assert ours == reference
+    assert re.search(r'loop\.py", line \d+ in settle', report)  # the thread that waits
+    os.kill(stopped.pid, signal.SIGCONT)
+    assert stopped.wait(timeout=60) not in (0, EXIT_STOPPED)
 
 
 @pytest.mark.slow
@@ -341,10 +406,9 @@ def test_a_killed_run_goes_on_to_the_parameters_of_one_that_was_left_alone(tmp_p
         ("--config.model.variant=Ti/3", "image size 8x8 must be a multiple of the patch size 3"),
     ],
 )
-def test_a_mistake_of_the_user_is_one_message_and_exit_code_2(tmp_path, flag, message):
-    run = launch(tmp_path, f"--workdir={tmp_path / 'run'}", flag)
-    output, _ = run.communicate(timeout=60)
-    assert run.returncode == 2, output
-    assert output.startswith("error: ")
-    assert message in output
-    assert "Traceback" not in output
+def test_a_mistake_of_the_user_is_one_message_and_exit_code_2(launch, tmp_path, flag, message):
+    run = launch(tmp_path / "run", flag)
+    assert run.wait() == 2, run.output()
+    assert run.output().startswith("error: ")
+    assert message in run.output()
+    assert "Traceback" not in run.output()

@@ -11,9 +11,11 @@ from levattn.analysis.results import write_results
 from levattn.analysis.tables import print_by_layer, print_table
 from levattn.attention import AttentionSpec
 from levattn.data import Source, open_source
+from levattn.models.pretrained import LoadOptions
 from levattn.training.agreement import first_images
 from levattn.training.attentions import Attention, attention_of, expand
 from levattn.training.calibrate import calibrate, read_budgets, write_budgets
+from levattn.training.classes import on_classes_of, read_classes
 from levattn.training.config import EvalConfig, from_config_dict
 from levattn.training.evaluate import evaluate_attention
 from levattn.training.loaded import LoadedModel, load_model
@@ -39,14 +41,16 @@ def run_evaluation(config: EvalConfig) -> None:
         config.checkpoint,
         config.source,
         config.split,
-        image_size=config.image_size,
-        allow_zero_head=config.probe is not None,
-        arch=config.arch,
+        LoadOptions(config.image_size, allow_zero_head=config.probe is not None, arch=config.arch),
     )
     out = _folder_for_results(config, trained)
     data = trained.config.data
     source = open_source(data, data.eval_split)
     attentions = chosen_attentions(config, trained)
+    if config.probe is None and config.calibrate is None:
+        _refuse_without_classes(trained, config.checkpoint)
+        listed = () if config.classes is None else read_classes(config.classes)
+        trained = on_classes_of(trained, source, listed)
     print(describe_model(trained))
     print(f"{trained.name}: {len(source)} images of {source.name}, split {source.split}", flush=True)
     prepare_workdir(out, flag="out")  # before the work that would be lost
@@ -60,7 +64,6 @@ def run_evaluation(config: EvalConfig) -> None:
         print_by_layer("relative error of each layer's attention", layers)
         write_results(rows, out, error_by_layer=layers)
     else:
-        _refuse_without_classes(trained, config.checkpoint)
         run, params = trained.config, trained.params
         rows = evaluate_attention(run, params, attentions, source=source, batch_size=config.batch_size)
         rows = [row | {"model": trained.name} for row in rows]
@@ -74,6 +77,7 @@ def describe_model(trained: LoadedModel) -> str:
     marks = dict.fromkeys(trained.guessed, " (a guess)")
     mean, std = (", ".join(f"{x:.3g}" for x in values) for values in (data.mean, data.std))
     size = "its own size" if data.image_size is None else f"{data.image_size} x {data.image_size} pixels"
+    size += marks.get("shape of images", "")
     lines = [
         f"{trained.name}: {model.variant}, {dims.depth} blocks, width {dims.width}, {dims.num_heads} heads"
         f"{marks.get('heads', '')}, {model.activation}{marks.get('activation', '')}, output: "
@@ -84,8 +88,9 @@ def describe_model(trained: LoadedModel) -> str:
     ]
     if marks:
         lines.append(
-            f"{trained.name}: no config and no published name tells what is a guess: keep its config.json beside the "
-            "file, or (timm, transformers ViT, open_clip) name what it was trained as: --arch=deit_small_patch16_224"
+            f"{trained.name}: no config and no published name tells what is a guess: keep the JSON that was published "
+            "with it (config.json, preprocessor_config.json) beside the file, or (timm, transformers ViT, open_clip) "
+            "name what it was trained as: --arch=deit_small_patch16_224"
         )
     return "\n".join(lines)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from levattn.analysis.rows import Row, is_as_trained, settings
+from levattn.analysis.rows import Row, is_as_trained, label, settings
 from levattn.analysis.style import INK, MUTED, method_style, new_figure
 
 
@@ -46,9 +46,9 @@ def _draw_panel(ax: Any, rows: Sequence[Row], guess: float | None) -> None:
         if row["attention"] == row["trained_with"] == "dense":
             dense = 100 * row["accuracy"]
         elif is_as_trained(row):
-            trained.setdefault(row["attention"], []).append(row)
+            trained.setdefault(label(row), []).append(row)
         elif row["trained_with"] == "dense":
-            retrofits.setdefault(row["attention"], []).append(row)
+            retrofits.setdefault(label(row), []).append(row)
 
     sizes = sorted({row["k"] for group in (*retrofits.values(), *trained.values()) for row in group})
     sizes = sizes or [rows[0]["tokens"]]
@@ -61,7 +61,7 @@ def _draw_panel(ax: Any, rows: Sequence[Row], guess: float | None) -> None:
 
     labels = []
     for method, group in retrofits.items():
-        colour, marker = method_style(method)
+        colour, marker = method_style(group[0]["attention"])
         heavy = method == "leverage"
         k, accuracy = _points(group)
         ax.plot(k, accuracy, color=colour, marker=marker, lw=2.6 if heavy else 1.6, ms=6, zorder=4 if heavy else 3)
@@ -70,10 +70,10 @@ def _draw_panel(ax: Any, rows: Sequence[Row], guess: float | None) -> None:
         else:
             ax.annotate(method, (k[-1], accuracy[-1]), xytext=(8, -4), textcoords="offset points", color=colour)
     for method, group in trained.items():
-        colour, _ = method_style(method)
+        colour, _ = method_style(group[0]["attention"])
         k, accuracy = _points(group)
-        label = f"trained with {method} attention"
-        ax.plot(k, accuracy, ls=":", lw=1.2, color=colour, marker="*", ms=15, mec="white", zorder=5, label=label)
+        legend = f"trained with {method} attention"
+        ax.plot(k, accuracy, ls=":", lw=1.2, color=colour, marker="*", ms=15, mec="white", zorder=5, label=legend)
         for point in zip(k, accuracy, strict=True):
             left = point[0] == sizes[-1]  # the names of the lines stand to the right
             style = {"xytext": (-9 if left else 9, -11), "ha": "right" if left else "left", "fontweight": "bold"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from levattn.analysis.rows import Row, is_as_trained, settings, tidy_rows
+from levattn.analysis.rows import Row, is_as_trained, label, settings, tidy_rows
 from levattn.analysis.tables import cell, markdown_table, split_columns
 from levattn.attention.registry import METHODS
 from levattn.training.workdir import VERSIONS_FILE, atomic_path, provenance
@@ -83,10 +83,10 @@ def _on_retrofits(retrofits: Sequence[Row]) -> Iterator[str]:
         top = max(row["accuracy"] for row in candidates)
         winners = [row for row in candidates if row["accuracy"] == top]
         others = [f", leverage {_percent(r)}" for r in candidates if r["attention"] == "leverage" and r not in winners]
-        names = " and ".join(row["attention"] for row in winners)
+        names = " and ".join(map(label, winners))
         best.append(f"{names} at k = {k} ({_percent(winners[0])}{''.join(others)})")
     if best:
-        several = len({row["attention"] for row in retrofits}) > 1
+        several = len(set(map(label, retrofits))) > 1
         yield (
             "When the same parameters attend to k keys only, without training again, "
             f"{'the best method is ' if several else 'the accuracy is that of '}{', '.join(best)}."
@@ -95,10 +95,10 @@ def _on_retrofits(retrofits: Sequence[Row]) -> Iterator[str]:
 
 def _on_trained(trained: Sequence[Row], retrofits: Sequence[Row], dense: Row | None) -> Iterator[str]:
     for row in trained:
-        parts = [f"Trained from scratch with {row['attention']} attention, k = {row['k']}, it reaches {_percent(row)}"]
+        parts = [f"Trained from scratch with {label(row)} attention, k = {row['k']}, it reaches {_percent(row)}"]
         if dense:
             parts.append(f", {_compare(row, dense)} dense attention")
-        same = [r for r in retrofits if (r["attention"], r["k"]) == (row["attention"], row["k"])]
+        same = [r for r in retrofits if (label(r), r["k"]) == (label(row), row["k"])]
         if same:
             parts.append(f"; put into the dense model afterwards, the same attention reaches {_percent(same[0])}")
         yield f"{''.join(parts)}."

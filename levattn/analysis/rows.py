@@ -19,6 +19,7 @@ COLUMNS = {
     "accuracy": float,
     "examples": int,
     "seconds": float,
+    "options": str,
     "top5": float,
     "loss": float,
     "images_per_second": float,
@@ -33,7 +34,7 @@ COLUMNS = {
 _DECIMALS = dict.fromkeys(COLUMNS, 6) | {"loss": 5, "seconds": 4, "images_per_second": 2, "ms_per_image": 4}
 _MEASURES = ("accuracy", "probe", "cosine")
 _FRACTIONS = ("accuracy", "top5", "probe", "knn", "agreement")
-_OPTIONAL = (*_MEASURES, *_FRACTIONS, "loss", "images_per_second", "probe_std", "error", "ms_per_image")
+_OPTIONAL = ("options", *_MEASURES, *_FRACTIONS, "loss", "images_per_second", "probe_std", "error", "ms_per_image")
 
 
 def tidy_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
@@ -45,8 +46,9 @@ def tidy_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
 
     Args:
       rows: With the columns of `COLUMNS`; `accuracy`, `top5`, `probe`, `knn` and `agreement` are fractions, `k` is the
-        number of keys that a query attends to (for dense attention, `tokens`), `trained_with` is "dense", or method and
-        k such as "leverage k=16". One of accuracy, probe and cosine at least must be there.
+        number of keys that a query attends to (for dense attention, `tokens`), `options` are those of the attention
+        beside k, `trained_with` is "dense", or method and k such as "leverage k=16". One of accuracy, probe and cosine
+        at least must be there.
 
     Raises:
       ValueError: For a missing or unknown column, a fraction outside [0, 1] or k outside [1, tokens].
@@ -93,7 +95,12 @@ def _reading_order(row: Row) -> tuple:
     rank = names.index(row["attention"]) if row["attention"] in names else len(names)
     trained = row["trained_with"]
     group = (row["dataset"], row["model"], row["tokens"], trained != "dense", trained)
-    return *group, rank, row["attention"], row["k"]
+    return *group, rank, row["attention"], row["options"] or "", row["k"]
+
+
+def label(row: Row) -> str:
+    """What tells rows of one k apart: the method, and its options where there are any."""
+    return f"{row['attention']} {row['options']}" if row.get("options") else row["attention"]
 
 
 def is_as_trained(row: Row) -> bool:

@@ -16,6 +16,7 @@ _HEADINGS = {
     "tokens": "tokens",
     "attention": "attention",
     "k": "k",
+    "options": "options",
     "trained_with": "trained with",
     "accuracy": "accuracy %",
     "probe": "linear probe %",
@@ -32,7 +33,7 @@ _HEADINGS = {
     "examples": "examples",
 }
 _SETTING = ("dataset", "model", "tokens", "examples")
-_TEXT = ("dataset", "model", "attention", "trained_with")
+_TEXT = ("dataset", "model", "attention", "options", "trained_with")
 
 
 def cell(column: str, value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -42,9 +43,16 @@ def check_finite(name: str, array: Float[Array, "B S *rest"], mask: Bool[Array, 
         finite |= ~mask.reshape(mask.shape + (1,) * (array.ndim - 2))
     if isinstance(finite, jax.core.Tracer):
         if _is_checking.get():
-            checkify.debug_check(jnp.all(finite), f"{name} must be finite: NaN or infinity among them")
+            _check(name, jnp.all(finite))
     elif not (found := np.asarray(finite)).all():
         place = tuple(int(i) for i in np.argwhere(~found)[0])
         raise ValueError(
             f"{name} must be finite: found {array[place]} at {place}, {np.sum(~found)} such numbers in all"
         )
+
+
+# Traced once for each name: a new check has a new number, which would stand in the program of every trace, and no
+# program would be found in the persistent compilation cache that the process has traced a second time.
+@functools.partial(jax.jit, static_argnums=0)
+def _check(name: str, is_finite: Bool[Array, ""]) -> None:
+    checkify.debug_check(is_finite, f"{name} must be finite: NaN or infinity among them")

@@ -32,7 +32,7 @@ def top_leverage(
     return _top_leverage(keys, k, keep_prefix, interpret)
 
 
-# One unit to transformations: some versions of JAX keep kernels alive of which nothing is used, where Flax's scan relies
+# One unit to transformations: some versions of JAX keep kernels of which nothing is used, where Flax's scan relies
 # on their going.
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _top_leverage(keys, k, keep_prefix, interpret):

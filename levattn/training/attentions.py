@@ -82,6 +82,24 @@ def method_name(attention: Attention) -> str:
     return " ".join([*(methods if len(methods) == 1 else ()), *(["by layer"] if len(specs) > 1 else ())])
 
 
+def describe_options(attention: Attention) -> str:
+    """The fields that are not as `AttentionSpec` has them, method and k apart, as eval.py takes them by `--option`:
+    "keep_prefix=1 local_window=3x3". "by layer" where they differ."""
+    specs = attention if isinstance(attention, tuple) else (attention,)
+    dense = all(spec.method == "dense" for spec in specs)
+    texts = []
+    for field in dataclasses.fields(AttentionSpec):
+        values = {getattr(spec, field.name) for spec in specs}
+        skipped = field.name in ("method", "k") or (dense and field.name not in ("causal", "power"))
+        if not skipped and values != {field.default}:
+            texts.append(f"{field.name}={_option(values.pop()) if len(values) == 1 else 'by layer'}")
+    return " ".join(texts)
+
+
+def _option(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def mean_kept(attention: Attention, num_tokens: int, head_dim: int) -> int:
     """Keys that a query sees, local tokens apart, rounded to a whole number where they differ among layers or heads.
 

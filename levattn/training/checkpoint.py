@@ -2,15 +2,7 @@
 
 A checkpoint holds the whole training state, the metrics that rank it, and a JSON record of whatever else the run needs
 to go on (config, data position). It counts once its manifest is there, which is written last; it is read only after
-every file has been compared with the manifest.
-
-In the folder of the checkpoints lie:
-
-    1000/             a checkpoint, committed if it holds SHA256SUMS
-    .saving           the step of a save under way; what it names and has no manifest is not committed
-    1000.damaged/     moved aside by a run that went on from an older step; remove it by hand
-    1000.deleted/     being removed
-    *.orbax-...-tmp*/ being written by Orbax
+every file has been compared with the manifest. `levattn.training.checkpoint_folder` says what lies where.
 
 Checkpoints of versions of this package that wrote no manifest are read, with a warning: nothing can be said of their
 files. `find . -type f -printf '%P\\n' | xargs sha256sum > SHA256SUMS` inside of one gives it a manifest.
@@ -21,9 +13,6 @@ import functools
 import json
 import math
 import os
-import shutil
-import threading
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,12 +23,11 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from levattn.training.background import Background
+from levattn.training.checkpoint_folder import begin_save, end_save, move_aside, remove_step, remove_unfinished
+from levattn.training.checkpoint_folder import committed_steps as committed_steps
+from levattn.training.checkpoint_folder import has_checkpoint as has_checkpoint
 from levattn.training.manifest import MANIFEST_FILE, has_manifest, verify_manifest, write_manifest
-from levattn.training.workdir import atomic_path
-
-_SAVING_FILE = ".saving"
-_CLEANING_S = 5.0
-_DELETED, _DAMAGED = ".deleted", ".damaged"
 
 
 class CheckpointError(OSError):
@@ -96,7 +84,7 @@ class Checkpointer:
             self.directory.mkdir(parents=True, exist_ok=True)
         self._keep_last, self._keep_best = keep_last, keep_best
         self._best_metric, self._best_mode, self._read_only = best_metric, best_mode, read_only
-        self._saving: _Background | None = None
+        self._saving: tuple[int, Background] | None = None
         self._is_clean = False
         self._sound: set[int] = set()
         self._damaged: dict[int, list[str]] = {}
@@ -139,11 +127,11 @@ class Checkpointer:
         rank_of[step] = self._rank(metrics)
         with self._reporting(step):
             if _is_first_process():
-                with atomic_path(self.directory / _SAVING_FILE) as temporary:
-                    temporary.write_text(str(step))
+                begin_save(self.directory, step)
             response = ocp.save_async(self.directory / str(step), state, custom_metadata=record)
         self._records[step] = record
-        self._saving = _Background(step, functools.partial(self._commit, step, response.result, rank_of))
+        commit = functools.partial(self._commit, step, response.result, rank_of)
+        self._saving = step, Background(f"checkpoint-{step}", commit)
 
     def restore(self, template: PyTree, step: int | None = None, partial: bool = False) -> PyTree:
         """Reads a state, onto whatever devices the template names: they need not be those that saved it.
@@ -233,17 +221,17 @@ class Checkpointer:
         Raises:
           CheckpointError: The save failed.
         """
-        saving, self._saving = self._saving, None
-        if saving is None:
+        if self._saving is None:
             return
-        error = saving.join()
+        (step, background), self._saving = self._saving, None
+        error = background.join()
         failed = _from_first_process(error is not None)
         if error is None and failed:
             error = OSError("process 0 could not write its part, or the manifest")
         if error is not None:
-            with self._reporting(saving.step):
+            with self._reporting(step):
                 raise error
-        self._sound.add(saving.step)
+        self._sound.add(step)
 
     def check(self) -> None:
         """Raises what a save under way has failed with so far; does not wait. Cheap enough for every step.
@@ -252,7 +240,7 @@ class Checkpointer:
           CheckpointError: The save failed.
         """
         # Of several processes, all find out at the next save.
-        if self._saving is not None and self._saving.has_failed() and jax.process_count() == 1:
+        if self._saving is not None and self._saving[1].has_failed() and jax.process_count() == 1:
             self.wait()
 
     def close(self) -> None:
@@ -263,6 +251,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, exc_type: type | None, *exc_info: object) -> None:
+        if exc_type is not None and self._saving is not None and jax.process_count() > 1:
+            self._saving[1].join()  # the others may be anywhere, and cannot be asked how it went
+            return
         try:
             self.close()
         except CheckpointError as error:
@@ -276,15 +267,12 @@ class Checkpointer:
         if not _is_first_process():
             return
         write_manifest(self.directory / str(step))
-        (self.directory / _SAVING_FILE).unlink()
+        end_save(self.directory)
         steps = [other for other in committed_steps(self.directory) if other not in self._damaged]
         ranked = sorted((rank_of[other], other) for other in steps if rank_of.get(other, -math.inf) > -math.inf)
         kept = {*steps[-self._keep_last :], *(other for _, other in ranked[len(ranked) - self._keep_best :])}
         for other in set(steps) - kept:
-            # Renamed first: a step that is half removed must not look like one that is damaged.
-            deleted = self.directory / f"{other}{_DELETED}"
-            (self.directory / str(other)).rename(deleted)
-            shutil.rmtree(deleted, ignore_errors=True)
+            remove_step(self.directory, other)
 
     @contextlib.contextmanager
     def _reporting(self, step: int):
@@ -293,7 +281,7 @@ class Checkpointer:
             yield
         except Exception as error:
             if _is_first_process():
-                self._remove_unfinished(is_failed=True)
+                remove_unfinished(self.directory, is_failed=True)
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {str(self.directory)!r}: {_brief(error)}\n"
                 f"Earlier checkpoints are as they were: {committed_steps(self.directory) or 'none'}. Make room, or put "
@@ -304,36 +292,17 @@ class Checkpointer:
         """Removes what unfinished saves left, and moves aside the steps that were found damaged."""
         if _is_first_process():
             for step in self._damaged:
-                aside = _free_name(self.directory / f"{step}{_DAMAGED}")
                 with contextlib.suppress(FileNotFoundError):
-                    (self.directory / str(step)).rename(aside)
+                    aside = move_aside(self.directory, step)
                     warnings.warn(
                         f"the damaged checkpoint of step {step} is now {str(aside)!r}", RuntimeWarning, stacklevel=3
                     )
-            self._remove_unfinished()
-            for leftover in self.directory.glob(f"*{_DELETED}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            remove_unfinished(self.directory)
         _from_first_process(True)  # the others wait
         for step in self._damaged:
             self._records.pop(step, None)
         self._damaged.clear()
         self._is_clean = True
-
-    def _remove_unfinished(self, is_failed: bool = False) -> None:
-        step = _step_under_way(self.directory)
-        if step is not None and not has_manifest(self.directory / str(step)):
-            shutil.rmtree(self.directory / str(step), ignore_errors=True)
-        (self.directory / _SAVING_FILE).unlink(missing_ok=True)
-        # Threads of a save that has failed in one of them write on for a while, and make folders anew.
-        deadline, quiet = time.monotonic() + _CLEANING_S, 0
-        while quiet < 3 and time.monotonic() < deadline:
-            leftovers = list(self.directory.glob("*.orbax-checkpoint-tmp*"))
-            if not leftovers and not is_failed:
-                return
-            for leftover in leftovers:
-                shutil.rmtree(leftover, ignore_errors=True)
-            quiet = 0 if leftovers else quiet + 1
-            time.sleep(0.1)
 
     def _is_sound(self, step: int) -> bool:
         if step not in self._sound and step not in self._damaged:
@@ -398,59 +367,11 @@ class Checkpointer:
         return self.newest_sound_step() if step is None else step
 
 
-class _Background:
-    """A call in a thread of its own, whose error is kept."""
-
-    def __init__(self, step: int, call: Callable[[], None]):
-        self.step = step
-        self._call, self._error = call, None
-        self._thread = threading.Thread(target=self._run, name=f"checkpoint-{step}")
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._call()
-        except Exception as error:
-            self._error = error
-
-    def has_failed(self) -> bool:
-        return self._error is not None
-
-    def join(self) -> Exception | None:
-        self._thread.join()
-        return self._error
-
-
-def has_checkpoint(directory: str | os.PathLike) -> bool:
-    """Whether a finished checkpoint lies in a folder, which need not exist; opens and changes nothing."""
-    return bool(committed_steps(directory))
-
-
-def committed_steps(directory: str | os.PathLike) -> list[int]:
-    """The steps saved to a folder, which need not exist, but for one whose save was never finished; ascending."""
-    directory = Path(directory)
-    under_way = _step_under_way(directory)
-    steps = (int(path.name) for path in directory.glob("*") if path.name.isdigit() and path.is_dir())
-    return sorted(step for step in steps if step != under_way or has_manifest(directory / str(step)))
-
-
-def _step_under_way(directory: Path) -> int | None:
-    try:
-        return int((directory / _SAVING_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _old_metrics(folder: Path) -> dict[str, float] | None:
     try:
         return json.loads((folder / "metrics" / "metrics").read_text())
     except (OSError, ValueError):
         return None
-
-
-def _free_name(path: Path) -> Path:
-    candidates = (path, *(path.with_name(f"{path.name}.{i}") for i in range(2, 1000)))
-    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _brief(error: BaseException) -> str:

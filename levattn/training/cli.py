@@ -1,16 +1,20 @@
 """The edge between a person at a terminal and the library: what they got wrong is one message, not a traceback."""
 
 import ast
+import contextlib
 import inspect
 import logging as pylogging
+import os
 import re
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 
 from levattn.training.config import EvalConfig, TrainConfig, no_such_field
@@ -18,6 +22,7 @@ from levattn.training.nonfinite import NonFiniteError
 from levattn.training.signals import EXIT_STOPPED, Stopped
 
 _PACKAGE = Path(__file__).parents[1]
+_PARTING_S = 30.0
 
 
 def run(main: Callable[..., None]) -> NoReturn:
@@ -27,7 +32,11 @@ def run(main: Callable[..., None]) -> NoReturn:
     1: a run that cannot go on, with a message (`NonFiniteError`), or an error within a library, with its traceback.
     2: a message, as the user's input is at fault: flags and config files that cannot be read, files that are missing,
        whatever this package itself refuses by a ValueError; or the disk is (full, read-only, a checkpoint damaged).
+    69: a step hung, or another process of the run was lost (`levattn.training.watchdog.EXIT_HUNG`).
     75: stopped by SIGTERM after a save (`EXIT_STOPPED`); the same command goes on.
+    134: ended by SIGABRT, with the stacks of all threads: JAX has not heard of another process for 100 s.
+
+    Of several processes one that ends with an error waits for the others to end, too, but no more than 30 s.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -39,20 +48,35 @@ def run(main: Callable[..., None]) -> NoReturn:
             logging.set_verbosity(logging.WARNING)  # libraries talk a lot at INFO
         logging.get_absl_logger().addFilter(_is_news)
         warnings.showwarning = _show_warning
-        try:
-            main(*argv[1:])
-        except Stopped as stopped:
-            print(f"{stopped}; the same command goes on from there", file=sys.stderr)
-            sys.exit(EXIT_STOPPED)
-        except NonFiniteError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(1)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and not _raised_by_this_package(error):
-                raise
-            _refuse(str(error))
+        with _waiting_for_others_no_longer_than(_PARTING_S):
+            try:
+                main(*argv[1:])
+            except Stopped as stopped:
+                print(f"{stopped}; the same command goes on from there", file=sys.stderr)
+                sys.exit(EXIT_STOPPED)
+            except NonFiniteError as error:
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(1)
+            except (OSError, ValueError) as error:
+                if isinstance(error, ValueError) and not _raised_by_this_package(error):
+                    raise
+                _refuse(str(error))
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+@contextlib.contextmanager
+def _waiting_for_others_no_longer_than(seconds: float) -> Iterator[None]:
+    """Lets an error end one of several processes though the others, who may wait for it, do not end."""
+    try:
+        yield
+    except BaseException as error:
+        if jax.distributed.is_initialized():
+            code = error.code if isinstance(error, SystemExit) else 1
+            timer = threading.Timer(seconds, os._exit, [code])
+            timer.daemon = True
+            timer.start()
+        raise
 
 
 def read_literal(text: str) -> Any:

@@ -193,10 +193,13 @@ class TrainConfig:
       accumulate_steps: Microbatches a step. More of them need less memory and give the same gradients.
       ema_decay: Decay of the average of parameters that is evaluated and exported. None: no average.
       init_from: A finished run, an export or a published checkpoint whose parameters start the run (fine-tuning).
+      init_arch: Name of the published model that tells what the checkpoint leaves open, see `levattn.load_pretrained`.
       distill: Learn from the model of `init_from` under dense attention. None: from the labels alone.
       nonfinite: What to do with a step whose loss or gradient is not finite; its update is left out either way. "stop":
         end the run, naming the step, the records and the first layer. "skip": go on with the next batch.
       max_skipped: Steps of a run that "skip" may leave out, over all its restarts; one more ends it.
+      hang_timeout: Seconds that a batch, a step or a batch of an evaluation may take; past them the process prints the
+        stacks of all its threads and exits with 69. First steps (they compile) and saves may take longer. 0: no limit.
     """
 
     data: DataConfig
@@ -214,9 +217,11 @@ class TrainConfig:
     accumulate_steps: int = 1
     ema_decay: float | None = None
     init_from: str | None = None
+    init_arch: str | None = None
     distill: DistillConfig | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10
+    hang_timeout: float = 600.0
 
     def __post_init__(self):
         if self.total_steps is None and self.total_epochs is None:
@@ -226,12 +231,15 @@ class TrainConfig:
             _require(self, name, value is None or value > 0, "positive")
         _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _require(self, "max_skipped", self.max_skipped >= 0, "at least 0")
+        _require(self, "hang_timeout", self.hang_timeout >= 0, "a number of seconds, or 0 for no limit")
         _require(self, "accumulate_steps", self.accumulate_steps > 0, "positive")
         _require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1) or None")
         if self.batch_size % self.accumulate_steps:
             raise ValueError(
                 f"batch_size={self.batch_size} must be divisible by accumulate_steps={self.accumulate_steps}"
             )
+        if self.init_arch is not None and self.init_from is None:
+            raise ValueError(f"init_arch={self.init_arch!r} needs init_from, the checkpoint that it tells something of")
         if self.distill is not None and self.init_from is None:
             raise ValueError("distill needs init_from, the checkpoint to start from, which is also the teacher")
         if not self.is_classifier:
@@ -291,6 +299,7 @@ class EvalConfig:
       source: Data in place of the run's own; a published checkpoint needs it.
       split: Of the data. None: the run's own, or the first of test, validation and train that there is.
       image_size: Side of the images in pixels, if not as trained; position embeddings are resized.
+      classes: A file that says which output each class of the data is, see `levattn.training.classes.on_classes_of`.
       batch_size: Images at a time. None: as in training.
       probe: Judge frozen features, in place of the model's own classes.
       calibrate: Number of images on which to choose a k for each layer, in place of an evaluation.
@@ -308,6 +317,7 @@ class EvalConfig:
     source: str | None = None
     split: str | None = None
     image_size: int | None = None
+    classes: str | None = None
     batch_size: int | None = None
     probe: ProbeConfig | None = None
     calibrate: int | None = None
@@ -324,5 +334,7 @@ class EvalConfig:
             raise ValueError(f"target_error={self.target_error} needs calibrate, the number of images to measure it on")
         if self.calibrate_heads and (self.calibrate is None or self.target_error is not None):
             raise ValueError("calibrate_heads needs calibrate, the number of images, and no target_error")
+        if self.classes is not None and (self.probe is not None or self.calibrate is not None):
+            raise ValueError(f"classes={self.classes!r} tells of logits, at which neither a probe nor calibrate looks")
         if self.calibrate is not None and (len(self.attention) != 1 or len(self.k) > 1):
             raise ValueError("calibrate needs one attention and at most one k, the mean over the layers")

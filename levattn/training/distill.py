@@ -39,18 +39,19 @@ class Teacher:
     checksum: str
 
 
-def load_teacher(model: ModelConfig, plan: PyTree, path: str | os.PathLike) -> Teacher:
+def load_teacher(model: ModelConfig, plan: PyTree, path: str | os.PathLike, arch: str | None = None) -> Teacher:
     """Reads the teacher of a student.
 
     Args:
       model: Of the student.
       plan: Shapes and shardings of the student's parameters.
       path: As `TrainConfig.init_from`.
+      arch: As `TrainConfig.init_arch`.
 
     Raises:
       FileNotFoundError, ValueError: As `read_fitting` does; and if there is no head there, which can teach nothing.
     """
-    loaded, wanted = read_fitting(plan, path, model), flatten_dict(plan, sep="/")
+    loaded, wanted = read_fitting(plan, path, model, arch), flatten_dict(plan, sep="/")
     if missing := sorted(wanted.keys() - loaded.keys()):
         raise ValueError(f"init_from={str(path)!r} cannot be a teacher: {', '.join(missing)} not there in this shape")
     arrays = {name: np.asarray(loaded[name], leaf.dtype) for name, leaf in sorted(wanted.items())}

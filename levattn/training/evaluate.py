@@ -14,6 +14,7 @@ from levattn.training.attentions import (
     Attention,
     attention_of,
     describe,
+    describe_options,
     mean_kept,
     method_name,
     scanned,
@@ -49,9 +50,9 @@ def evaluate_attention(
       batch_size: None: that of a training microbatch.
 
     Returns:
-      One row an attention: dataset, model, tokens, attention, k, trained_with, accuracy, examples, seconds, top5, loss,
-      images_per_second. `k` is the number of keys that a query sees, local tokens apart; with `eps` the most it can be,
-      and where layers differ their mean.
+      One row an attention: dataset, model, tokens, attention, k, options, trained_with, accuracy, examples, seconds,
+      top5, loss, images_per_second. `k` is the number of keys that a query sees, local tokens apart; with `eps` the
+      most it can be, and where layers differ their mean. `options` are those of the attention beside k.
 
     Raises:
       ValueError: Number of classes, channels or image size do not fit the model; k exceeds the tokens; an unknown
@@ -61,7 +62,8 @@ def evaluate_attention(
     if source.num_classes != config.model.num_classes:
         raise ValueError(
             f"{source.name} has {source.num_classes} classes, the checkpoint was trained on "
-            f"{config.model.num_classes}: evaluate on a data set with the same classes"
+            f"{config.model.num_classes}: evaluate on a data set with the same classes, or see "
+            "levattn.training.classes.on_classes_of"
         )
     models, params, rows = prepare(config, params, attentions, source)
     mesh = make_mesh(MeshConfig())  # all devices there are: the run may have had others
@@ -106,6 +108,7 @@ def prepare(
             "tokens": num_tokens,
             "attention": method_name(attention),
             "k": mean_kept(attention, num_tokens, model.dims.width // model.dims.num_heads),
+            "options": describe_options(attention),
             "trained_with": describe(trained_with),
         }
         for attention in attentions

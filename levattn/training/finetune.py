@@ -13,7 +13,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from levattn.models import ModelConfig, scan_to_unrolled, unrolled_to_scan
-from levattn.models.pretrained import Content, convert, nest, read_content, refuse_nonfinite
+from levattn.models.pretrained import (
+    Content,
+    LoadOptions,
+    convert,
+    nest,
+    read_content,
+    refuse_nonfinite,
+    warn_of_guesses,
+)
 from levattn.models.pretrained.posemb import Resize, resize_positions
 from levattn.training.checkpoint import has_checkpoint
 from levattn.training.config import TrainConfig, from_config_dict
@@ -29,7 +37,7 @@ _UNSEEN = ("activation", "layer_norm_eps")
 
 
 def with_params_of(
-    state: TrainState, path: str | os.PathLike, model: ModelConfig | None = None
+    state: TrainState, path: str | os.PathLike, model: ModelConfig | None = None, arch: str | None = None
 ) -> tuple[TrainState, list[str]]:
     """The state with the parameters of a finished run or another checkpoint in place of its own.
 
@@ -37,6 +45,7 @@ def with_params_of(
       state: Freshly created.
       path: As for `read_fitting`.
       model: As for `read_fitting`.
+      arch: As for `read_fitting`.
 
     Returns:
       The state with new parameters (the average, if there is one, starts at them), and the names of the leaves that
@@ -45,7 +54,7 @@ def with_params_of(
     Raises:
       FileNotFoundError, ValueError: As `read_fitting` does.
     """
-    params, loaded = flatten_dict(state.params, sep="/"), read_fitting(state.params, path, model)
+    params, loaded = flatten_dict(state.params, sep="/"), read_fitting(state.params, path, model, arch)
     kept = sorted(params.keys() - loaded.keys())
     for name, value in loaded.items():
         params[name] = jax.device_put(np.asarray(value, params[name].dtype), params[name].sharding)
@@ -54,7 +63,9 @@ def with_params_of(
     return state.replace(params=params, ema_params=ema_params), kept
 
 
-def read_fitting(params: PyTree, path: str | os.PathLike, model: ModelConfig | None = None) -> dict[str, Any]:
+def read_fitting(
+    params: PyTree, path: str | os.PathLike, model: ModelConfig | None = None, arch: str | None = None
+) -> dict[str, Any]:
     """Reads the parameters that a model is to start from.
 
     A head that is missing or has another number of classes is left out; position embeddings are resized to the model's
@@ -65,6 +76,7 @@ def read_fitting(params: PyTree, path: str | os.PathLike, model: ModelConfig | N
       path: The workdir of a finished run, a `.safetensors` or `.npz` file that one exported, or whatever else
         `levattn.load_pretrained` reads.
       model: Of which they are. Its activation and the like must then be those of the checkpoint, where that tells.
+      arch: Name of the published model that tells what a checkpoint leaves open, as for `levattn.load_pretrained`.
 
     Returns:
       Names, the path in the tree joined by "/", to arrays.
@@ -72,6 +84,9 @@ def read_fitting(params: PyTree, path: str | os.PathLike, model: ModelConfig | N
     Raises:
       FileNotFoundError: There is nothing to read.
       ValueError: The file cannot be read, or does not fit; lists everything that does not.
+
+    Warns:
+      UserWarning: Something was guessed, or chosen, as by `levattn.load_pretrained`.
     """
     path = Path(path).expanduser()
     file = path / EXPORT_FILE if (path / EXPORT_FILE).exists() else path
@@ -82,7 +97,7 @@ def read_fitting(params: PyTree, path: str | os.PathLike, model: ModelConfig | N
         )
     own = flatten_dict(params, sep="/")
     try:
-        other, source = _read(file, own)
+        other, source = _read(file, own, arch)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"init_from={str(path)!r}: name a finished run's workdir or an exported file, or a published checkpoint: "
@@ -129,15 +144,18 @@ def own_params(content: Content) -> tuple[dict[str, np.ndarray], dict[str, Any] 
     return params, config
 
 
-def _read(path: Path, own: Mapping[str, Any]) -> tuple[dict[str, Any], ModelConfig | None]:
+def _read(path: Path, own: Mapping[str, Any], arch: str | None) -> tuple[dict[str, Any], ModelConfig | None]:
     """The parameters in a file, and their model if it is known, with positions on the grid that `own` have."""
     content = read_content(path)
     params, config = own_params(content)
     side = math.isqrt(own["pos_embedding"].shape[1]) if "pos_embedding" in own else None
     if not params:
         image_size = side and side * own["embedding/kernel"].shape[0]
-        pretrained = convert(content, image_size=image_size, allow_zero_head=True)
+        pretrained = convert(content, LoadOptions(image_size, allow_zero_head=True, arch=arch))
+        warn_of_guesses(pretrained, path, arch="init_arch")
         return flatten_dict(pretrained.params, sep="/"), pretrained.model
+    if arch is not None:
+        raise ValueError(f"init_arch={arch!r} tells nothing of {str(path)!r}, which names tensors as this project does")
     if side and "pos_embedding" in params:
         old_side = math.isqrt(params["pos_embedding"].shape[1])
         grids = (old_side, old_side), (side, side)

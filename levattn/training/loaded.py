@@ -8,7 +8,7 @@ from typing import Literal
 from jaxtyping import PyTree
 
 from levattn.data import DataConfig, open_source, output_shape
-from levattn.models.pretrained import Preprocess, find_checkpoint
+from levattn.models.pretrained import AS_PUBLISHED, LoadOptions, Preprocess, find_checkpoint
 from levattn.training.config import TrainConfig
 from levattn.training.export import read_export_config
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
@@ -32,6 +32,7 @@ class LoadedModel:
       name: For tables.
       guessed: As `Pretrained.guessed`.
       notes: As `Pretrained.notes`.
+      class_names: As `Pretrained.class_names`.
     """
 
     config: TrainConfig
@@ -40,6 +41,7 @@ class LoadedModel:
     name: str
     guessed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] | None = None
 
     @property
     def is_classifier(self) -> bool:
@@ -51,10 +53,7 @@ def load_model(
     path: str | os.PathLike,
     source: str | None = None,
     split: str | None = None,
-    *,
-    image_size: int | None = None,
-    allow_zero_head: bool = False,
-    arch: str | None = None,
+    options: LoadOptions = AS_PUBLISHED,
 ) -> LoadedModel:
     """Reads a trained model, and says how it sees data.
 
@@ -64,9 +63,7 @@ def load_model(
       source: Data in place of the run's own, as `DataConfig.source`, seen at the size and with the normalisation that
         the model was trained with. A published checkpoint needs it.
       split: To evaluate on. None: the run's own; with `source` its test, validation or train split, the first there is.
-      image_size: Side of the images in pixels, if not as trained; position embeddings are resized.
-      allow_zero_head: Take a published checkpoint whose head is all zeros, for its features.
-      arch: As for `levattn.load_pretrained`.
+      options: As for `levattn.load_pretrained`; data are prepared as squares alone.
 
     Returns:
       The model, with the parameters that the run evaluates (their average, where it keeps one).
@@ -75,19 +72,19 @@ def load_model(
       FileNotFoundError: There is no model at `path`, or the data are not on this machine.
       ValueError: A file that cannot be read, a published checkpoint without `source`.
     """
-    path, guessed, notes = find_checkpoint(path), (), ()
+    path, told = find_checkpoint(path), {}
     if _is_of_this_project(path):
-        refuse_arch(arch, path)
+        refuse_arch(options.arch, path)
         config, params = load_trained(path)
         head, name = "classifier" if config.model.num_classes else None, config.model.variant
         if source is not None:
             config = on_source(config, source)
-        if image_size is not None:
-            resized = read_any(path, image_size=image_size)
+        if options.image_size is not None:
+            resized = read_any(path, options)
             params, config = resized.params, _seen_by(config, resized.preprocess)
     else:
-        published = read_any(path, image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
-        guessed, notes = published.guessed, published.notes
+        published = read_any(path, options)
+        told = {name: getattr(published, name) for name in ("guessed", "notes", "class_names")}
         if source is None:
             raise ValueError(
                 f"checkpoint={str(path)!r} is a published {published.layout} model and comes without data: name a "
@@ -100,7 +97,7 @@ def load_model(
         split = find_eval_split(config.data)
     if split is not None:
         config = _with_data(config, eval_split=split)
-    return LoadedModel(config, params, head, name, guessed, notes)
+    return LoadedModel(config, params, head, name, **told)
 
 
 def on_source(config: TrainConfig, source: str) -> TrainConfig:
@@ -142,6 +139,12 @@ def _is_of_this_project(path: Path) -> bool:
 
 
 def _seen_by(config: TrainConfig, preprocess: Preprocess) -> TrainConfig:
+    if not isinstance(preprocess.image_size, int):
+        height, width = preprocess.image_size
+        raise ValueError(
+            f"the checkpoint is of images of {height}x{width} pixels, and data are prepared as squares: give "
+            "image_size, a side in pixels; its position embeddings are resized"
+        )
     return _with_data(
         config,
         image_size=preprocess.image_size,

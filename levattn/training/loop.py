@@ -30,6 +30,7 @@ from levattn.training.sharding import check_batch_size, make_mesh, put_batch
 from levattn.training.signals import Stopped, StopSignal
 from levattn.training.state import TrainState, create_state, init_state, plan_state
 from levattn.training.step import evaluate, make_eval_step, make_train_step
+from levattn.training.watchdog import Watchdog
 from levattn.training.workdir import locked_workdir, prepare_workdir, record_run
 
 PROFILE_FOLDER = "profile"
@@ -50,6 +51,9 @@ def train(
 
     A run that was stopped and resumed gives the same parameters, bit for bit, as one that was not: randomness
     depends on the seed and the step alone, and the step is also the position in the data.
+
+    A run that hangs ends the whole process, by `EXIT_HUNG`, after `config.hang_timeout` seconds; so does one of several
+    processes, at once, whose connection to another breaks.
 
     Args:
       config: The run.
@@ -79,16 +83,22 @@ def train(
         return {}
 
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.hang_timeout))
         stack.enter_context(locked_workdir(workdir))
         teacher = None
         if config.distill is not None:
-            teacher = load_teacher(config.model, run.plan.params, config.init_from)
+            teacher = load_teacher(config.model, run.plan.params, config.init_from, config.init_arch)
         train_step = make_train_step(config, run.model, run.tx, run.schedule_fn, run.plan, teacher)
+        train_step = watchdog.resting_at_first(train_step, "computing")
         eval_step = make_eval_step(config, run.model, run.mesh, teacher)
+        eval_step = watchdog.resting_at_first(eval_step, "evaluating")
         kept = config.checkpoint
         checkpointer = stack.enter_context(
             Checkpointer(workdir / CHECKPOINT_FOLDER, kept.keep_last, kept.keep_best, kept.metric, kept.best_mode)
         )
+        stack.push(watchdog.end_if_lost)
+        if jax.process_count() == 1:  # a run that ends with an error waits for its save; one of several might for ever
+            stack.callback(watchdog.rest)
         state, start_step, num_skipped, message = _start(config, run, checkpointer, teacher, allow_changed)
         record_run(workdir, to_dict(config))
         writer = stack.enter_context(contextlib.closing(MetricWriter(workdir, start_step)))
@@ -102,8 +112,10 @@ def train(
         in_flight = collections.deque()
 
         def evaluate_now(step: int) -> dict[str, float]:
+            watchdog.beat("waiting for a batch to evaluate", step)
             with progress.paused():
-                metrics = evaluate(eval_step, state.eval_params, run.eval_source, config, run.mesh)
+                step_fn = functools.partial(eval_step, step)
+                metrics = evaluate(step_fn, state.eval_params, run.eval_source, config, run.mesh)
             if step > start_step:  # else nothing was trained, and the line is there from before
                 writer.write(step, _prefixed("eval", metrics))
             progress.log("  ".join([f"eval {step}/{run.total_steps}", *(f"{k} {v:.4g}" for k, v in metrics.items())]))
@@ -112,6 +124,7 @@ def train(
         def save(step: int, metrics: dict[str, float] | None) -> None:
             checksum = teacher.checksum if teacher else None
             record = resume_record(config, step, run.train_source.fingerprint, checksum, num_skipped)
+            watchdog.rest()
             checkpointer.save(step, state, metrics, extra=record)
 
         def settle(num_left: int = 0) -> None:
@@ -129,6 +142,7 @@ def train(
                         f"left out, {num_skipped} of at most {config.max_skipped}"
                     )
                     continue
+                watchdog.rest()
                 found = diagnose(config, run.mesh, state.params, step, put_batch(batch, run.mesh), teacher)
                 why = f"It is one more than max_skipped={config.max_skipped}." if config.nonfinite == "skip" else ""
                 raise stop(workdir, step, metrics, batch["index"], run.train_source.name, found, why)
@@ -138,8 +152,9 @@ def train(
             profiler.before(step)
             # Steps are dispatched ahead, so that the next batch is read and sent while the devices compute. How far
             # ahead is bounded, and with it the memory of waiting batches.
+            watchdog.beat("waiting for a batch", step)
             batch = next(batches)
-            state, metrics = train_step(state, put_batch(batch, run.mesh))
+            state, metrics = train_step(step, state, put_batch(batch, run.mesh))
             metrics["nonfinite"].copy_to_host_async()
             in_flight.append((step, metrics, batch))
             settle(_STEPS_IN_FLIGHT)
@@ -149,7 +164,8 @@ def train(
                 settle()
                 shown = {name: value for name, value in jax.device_get(metrics).items() if name != "nonfinite"}
                 rate = progress.update(step, shown)
-                writer.write(step, _prefixed("train", shown | {"images_per_second": rate, "num_skipped": num_skipped}))
+                counts = {"num_skipped": num_skipped, "num_damaged": len(batches.damaged)}
+                writer.write(step, _prefixed("train", shown | {"images_per_second": rate} | counts))
             if is_last:
                 break  # evaluated and saved below, as is a run that has no step left to take
             wants_eval, wants_save = _is_due(step, config.eval_every_steps), _is_due(step, kept.every_steps)
@@ -160,13 +176,19 @@ def train(
             if wants_save or stops or (evaluated and kept.keep_best):
                 save(step, evaluated)
             if stops:
+                watchdog.rest()
                 checkpointer.wait()
                 raise Stopped(f"stopped by SIGTERM after step {step} of {run.total_steps}, which is saved")
 
         evaluated = evaluate_now(run.total_steps)
+        watchdog.rest()
         if checkpointer.latest_step() != run.total_steps:
             save(run.total_steps, evaluated)
+        watchdog.beat("exporting", run.total_steps)
         export_params(workdir / EXPORT_FILE, state.eval_params, to_dict(config))
+        watchdog.rest()
+        checkpointer.wait()
+        watchdog.beat("closing", run.total_steps)
     return {name: float(value) for name, value in (_prefixed("train", shown) | _prefixed("eval", evaluated)).items()}
 
 
@@ -215,7 +237,8 @@ def _prepare(config: TrainConfig, workdir: Path) -> _Run:
     init_fn = functools.partial(init_state, model=model, image_shape=image_shape, tx=tx, ema=ema)
     plan = plan_state(init_fn, mesh, config.mesh.fsdp_min_size)
     if config.distill is not None or (config.init_from is not None and not has_checkpoint(workdir / CHECKPOINT_FOLDER)):
-        read_fitting(plan.params, config.init_from, config.model)  # read again when there is a state to put it into
+        # Read again when there is a state to put it into.
+        read_fitting(plan.params, config.init_from, config.model, config.init_arch)
     return _Run(mesh, *sources, model, tx, schedule_fn, total_steps, init_fn, plan)
 
 
@@ -239,7 +262,7 @@ def _start(
     state = create_state(run.init_fn, run.plan, config.seed)
     if config.init_from is None:
         return state, 0, 0, ""
-    state, kept = with_params_of(state, config.init_from, config.model)
+    state, kept = with_params_of(state, config.init_from, config.model, config.init_arch)
     exception = f"; {', '.join(kept)}: not there in this shape, left at initial values" if kept else ""
     return state, 0, 0, f"starting from the parameters of {config.init_from!r}{exception}"
 

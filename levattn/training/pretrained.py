@@ -2,14 +2,24 @@
 
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from levattn.data import open_source, output_shape
-from levattn.models.pretrained import Preprocess, Pretrained, convert, nest, read_content, with_image_size
+from levattn.models.pretrained import (
+    AS_PUBLISHED,
+    ImageSize,
+    LoadOptions,
+    Preprocess,
+    Pretrained,
+    convert,
+    nest,
+    read_content,
+    warn_of_guesses,
+    with_image_size,
+)
 from levattn.training.config import TrainConfig, from_config_dict
 from levattn.training.export import check_own
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, OWN_RESIZE, own_params
@@ -20,7 +30,7 @@ from levattn.training.workdir import VERSIONS_FILE
 def load_pretrained(
     path: str | os.PathLike,
     *,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     allow_zero_head: bool = False,
     arch: str | None = None,
 ) -> Pretrained:
@@ -30,10 +40,9 @@ def load_pretrained(
       path: The workdir of a run of this project, finished or not; a file that a run exported; or a checkpoint that
         others published, as a file, a folder, or the `owner/name` of a repository in the download cache of Hugging Face
         (see `levattn.models.pretrained.read_pretrained`). Nothing is downloaded.
-      image_size: Side in pixels of the images to come, if not as trained: position embeddings are resized.
+      image_size: As those below, see `levattn.models.pretrained.LoadOptions`: of the images to come, if not as trained.
       allow_zero_head: Take a published head that is all zeros.
-      arch: Name of the published model that tells heads, activation and preprocessing, such as
-        "deit_small_patch16_224" for what was fine-tuned from it; where neither a config nor the file's name does.
+      arch: Name of the published model that tells what a file without a config and without that name leaves open.
 
     Returns:
       The model and what belongs to it. A run's keeps the attention it was trained with; a published one's is dense.
@@ -45,41 +54,27 @@ def load_pretrained(
     Warns:
       UserWarning: Something was guessed, or chosen; `Pretrained.guessed` and `Pretrained.notes`.
     """
-    pretrained = read_any(path, image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
-    remarks = list(pretrained.notes)
-    if pretrained.guessed:
-        remarks.append(
-            f"no config and no published name tells its {', '.join(pretrained.guessed)}: guessed. Keep its config.json "
-            "beside the file, or (timm, transformers ViT, open_clip) name the published model that it was trained as, "
-            "as in arch='deit_small_patch16_224'"
-        )
-    if remarks:
-        warnings.warn(f"{os.fspath(path)!r}: {'; '.join(remarks)}", stacklevel=2)
+    pretrained = read_any(path, LoadOptions(image_size, allow_zero_head, arch))
+    warn_of_guesses(pretrained, path)
     return pretrained
 
 
-def read_any(
-    path: str | os.PathLike,
-    *,
-    image_size: int | None = None,
-    allow_zero_head: bool = False,
-    arch: str | None = None,
-) -> Pretrained:
+def read_any(path: str | os.PathLike, options: LoadOptions = AS_PUBLISHED) -> Pretrained:
     """`load_pretrained` without its warnings."""
     path = Path(path).expanduser()
     if any((path / name).exists() for name in (EXPORT_FILE, CHECKPOINT_FOLDER, VERSIONS_FILE)):
-        refuse_arch(arch, path)
+        refuse_arch(options.arch, path)
         config, params = load_trained(path)
-        return _of_run(config, jax.device_get(params), path.absolute().name, image_size)
+        return _of_run(config, jax.device_get(params), path.absolute().name, options)
     content = read_content(path)
     params, config = own_params(content)
     if config is None:
-        return convert(content, image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
-    refuse_arch(arch, path)
+        return convert(content, options)
+    refuse_arch(options.arch, path)
     config = from_config_dict(TrainConfig, config, name=f"the config in {str(content.path)!r}")
     params = nest(params, repr(str(content.path)))
     check_own(config, params)
-    return _of_run(config, params, content.name, image_size)
+    return _of_run(config, params, content.name, options)
 
 
 def refuse_arch(arch: str | None, path: Path) -> None:
@@ -88,11 +83,11 @@ def refuse_arch(arch: str | None, path: Path) -> None:
         raise ValueError(f"{arch=} tells nothing of {str(path)!r}, a model of this project: its config does")
 
 
-def _of_run(config: TrainConfig, params: dict[str, Any], name: str, image_size: int | None) -> Pretrained:
+def _of_run(config: TrainConfig, params: dict[str, Any], name: str, options: LoadOptions) -> Pretrained:
     preprocess = _preprocess(config, params)
     head = "classifier" if config.model.num_classes else None
     pretrained = Pretrained(config.model, params, preprocess, head, "levattn", name)
-    return with_image_size(pretrained, image_size or preprocess.image_size, OWN_RESIZE)
+    return with_image_size(pretrained, options.image_size or preprocess.image_size, OWN_RESIZE)
 
 
 def _preprocess(config: TrainConfig, params: dict[str, Any]) -> Preprocess:

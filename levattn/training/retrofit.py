@@ -40,7 +40,7 @@ def evaluate_retrofit(
       batch_size: Images at a time; None: as in training.
 
     Returns:
-      One row an attention: dataset, model, tokens, attention, k, trained_with, examples, seconds,
+      One row an attention: dataset, model, tokens, attention, k, options, trained_with, examples, seconds,
       ms_per_image, cosine (mean similarity of the embedding to that under dense attention), agreement (share of images
       that get the same class; of classifiers only), error (mean over the layers of the relative error of the
       attention output), and where there are labels probe, probe_std and knn, see `levattn.training.probe.probe`.
@@ -99,4 +99,5 @@ def _probe(embeddings, labels, config: ProbeConfig) -> list[ProbeResult] | None:
 
 
 def _label(attention: Attention, row: dict[str, Any]) -> str:
-    return f"{describe(attention)} k={row['k']}" if isinstance(attention, tuple) else describe(attention)
+    name = f"{describe(attention)} k={row['k']}" if isinstance(attention, tuple) else describe(attention)
+    return f"{name} {row['options']}".rstrip()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from levattn.models.pretrained.layout import ImageSize
 from levattn.models.pretrained.shapes import size_fields
 from levattn.models.pretrained.tensors import Tensors
 
@@ -62,19 +63,23 @@ class Encoder:
       fields: Of a `ModelConfig`: sizes, `pre_norm`, `layer_scale`.
       params: Names, the path in the parameter tree joined by "/", to arrays.
       tokens: The tokens before the patches that are no class token, each with its position: `more_tokens` of `Names`.
+      patch: Side in pixels.
       width: Of a token.
       num_heads: Of the attention.
       mlp_dim: Of the MLPs.
-      image_size: Side, in pixels, of the images whose patches have positions.
+      image_size: Of the images whose patches have positions, in pixels.
+      is_told: Whether it was given, and is no square by default.
     """
 
     fields: dict[str, Any]
     params: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray]
+    patch: int
     width: int
     num_heads: int
     mlp_dim: int
-    image_size: int
+    image_size: ImageSize
+    is_told: bool
 
 
 def read_encoder(
@@ -84,6 +89,7 @@ def read_encoder(
     at: str = "",
     num_heads: int | None = None,
     image_size: int | Sequence[int] | None = None,
+    possible_sizes: Sequence[int | Sequence[int] | None] = (),
     qkv_bias: bool | None = None,
     swiglu: bool = False,
 ) -> Encoder:
@@ -95,6 +101,8 @@ def read_encoder(
       at: Before each of these names.
       num_heads: None: as models of this width are published, with heads 64 wide for most.
       image_size: In the config: the side of images in pixels, or height and width; None: by the number of positions.
+      possible_sizes: Where there is no such config, what else may tell. The first that has as many patches as there are
+        positions does; where none does, images are square.
       qkv_bias: Whether queries, keys and values have biases; None: if any block has.
       swiglu: The first layer of the MLPs is twice as wide, a gate and what it gates.
 
@@ -117,8 +125,11 @@ def read_encoder(
     fields = size_fields(**sizes)
 
     params = patch_embedding(tensors, at + names.patches, "embedding", bias=names.pre_norm is None)
-    side = None if image_size is None else square_side(image_size) // patch
-    tokens, positions, side = _tokens(tensors, names, at, width, side)
+    told = [size for size in possible_sizes if size] if image_size is None else [image_size]
+    grids = [tuple(side // patch for side in _sides(size)) for size in told]
+    tokens, positions, grid = _tokens(tensors, names, at, width, grids, only=image_size is not None)
+    height, width_in_pixels = (side * patch for side in grid)
+    found = height if height == width_in_pixels else (height, width_in_pixels)
     if names.class_token:
         params["cls"] = tokens.pop(names.class_token)
     params["pos_embedding"] = positions
@@ -147,25 +158,21 @@ def read_encoder(
         for i, name in enumerate(names.scales if "layer_scale" in fields else ()):
             params[f"{target}LayerScale_{i}/scale"] = tensors.take(source + name, (width,))
     params |= layer_norm(tensors, at + names.last_norm, "Transformer/encoder_norm", width)
-    return Encoder(fields, params, tokens, width, num_heads, sizes["mlp_dim"], patch * side)
+    return Encoder(fields, params, tokens, patch, width, num_heads, sizes["mlp_dim"], found, grid in grids)
 
 
-def square_side(image_size: int | Sequence[int]) -> int:
-    """The side of square images, of a number in a config or of several.
-
-    Raises:
-      ValueError: They are not square.
-    """
-    sides = {image_size} if isinstance(image_size, int) else set(image_size)
-    if len(sides) != 1 or min(sides) < 1:
-        raise ValueError(f"image_size={image_size} in the config: only models of square images are read")
-    return sides.pop()
+def _sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of a number in a config, or of two."""
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"image_size={image_size} in the config is neither a side in pixels nor height and width")
+    return sides
 
 
 def _tokens(
-    tensors: Tensors, names: Names, at: str, width: int, side: int | None
-) -> tuple[dict[str, np.ndarray], np.ndarray, int]:
-    """Tokens before the patches, positions of the patches, and the side of their grid, which may be known.
+    tensors: Tensors, names: Names, at: str, width: int, grids: Sequence[tuple[int, int]], *, only: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray, tuple[int, int]]:
+    """Tokens before the patches, positions of the patches, and their grid: the first that fits, or the one there is.
 
     A position that is counted for a token is added to it: one parameter does the work of both.
     """
@@ -173,19 +180,24 @@ def _tokens(
     own = ([names.class_token] if names.class_token else []) + optional
     tokens = {name: _rows(tensors, at + name, width) for name in own}
     positions = _rows(tensors, at + names.positions, width)
-    told, side = side, side or math.isqrt(positions.shape[1])
-    num_before = positions.shape[1] - side**2
+    side = math.isqrt(positions.shape[1])
     ends = np.cumsum([0, *(token.shape[1] for token in tokens.values())])
-    if num_before not in ends[1 if names.class_position and names.class_token else 0 :]:
-        what = f"{side} x {side} patches, as image_size in the config has it," if told else "a square of patches"
+    allowed = set(ends[1 if names.class_position and names.class_token else 0 :].tolist())
+    possible = grids if only else [*grids, (side, side)]
+    grid = next((grid for grid in possible if positions.shape[1] - math.prod(grid) in allowed), None)
+    if grid is None:
+        rows, columns = possible[0]
+        what = f"{rows} x {columns} patches, as image_size in the config has it," if only else "a square of patches"
         raise ValueError(
             f"{at}{names.positions} has {positions.shape[1]} positions, which are not those of {what} and of the "
-            f"tokens {own} before them: only models of square images are read"
+            f"tokens {own} before them: where images are not square, put the published config.json beside the file, "
+            "or give image_size=(HEIGHT, WIDTH)"
         )
+    num_before = positions.shape[1] - math.prod(grid)
     for name, start, end in zip(own, ends[:-1], ends[1:], strict=True):
         if end <= num_before:
             tokens[name] = tokens[name] + positions[:, start:end]
-    return tokens, positions[:, num_before:], side
+    return tokens, positions[:, num_before:], grid
 
 
 def _rows(tensors: Tensors, name: str, width: int) -> np.ndarray:

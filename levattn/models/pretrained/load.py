@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,7 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from levattn.models.config import ModelConfig, patch_grid
 from levattn.models.pretrained.files import read_content
-from levattn.models.pretrained.layout import Content, Layout, Pretrained
+from levattn.models.pretrained.hub_config import class_names
+from levattn.models.pretrained.layout import AS_PUBLISHED, Content, ImageSize, Layout, LoadOptions, Pretrained, sides_of
 from levattn.models.pretrained.layouts import LAYOUTS
 from levattn.models.pretrained.posemb import Resize, resize_positions
 from levattn.models.pretrained.shapes import param_shapes
@@ -23,13 +25,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 _AVERAGES = ("ema_model.module.", "ema_model.", "model_ema.module.", "model_ema.", "ema.module.", "ema.")
 
 
-def read_pretrained(
-    path: str | os.PathLike,
-    *,
-    image_size: int | None = None,
-    allow_zero_head: bool = False,
-    arch: str | None = None,
-) -> Pretrained:
+def read_pretrained(path: str | os.PathLike, options: LoadOptions = AS_PUBLISHED) -> Pretrained:
     """Reads a checkpoint that somebody else published.
 
     What its names and shapes leave open (heads, the activation, normalisation of the input) is taken from the config
@@ -37,11 +33,7 @@ def read_pretrained(
 
     Args:
       path: As for `levattn.models.pretrained.files.read_content`: a file, or a folder as Hugging Face has them.
-      image_size: Side in pixels of the images to come, if not as published: position embeddings are resized as the
-        family's own code does it, and the preprocessing in proportion.
-      allow_zero_head: Take a head that is all zeros, which is published where there is no trained one.
-      arch: Name of the published model that tells what tensors leave open, such as "deit_small_patch16_224" for what
-        was fine-tuned from it. It goes before a config and before the name of the file.
+      options: What is not to be as published, and what the file leaves open.
 
     Returns:
       The model with dense attention, its parameters as NumPy arrays in float32, and the input it expects.
@@ -50,16 +42,14 @@ def read_pretrained(
       FileNotFoundError: There is nothing to read.
       ValueError: Not a checkpoint that is known here, or one that does not fit the model it is of; lists all of that.
     """
-    return convert(read_content(path), image_size=image_size, allow_zero_head=allow_zero_head, arch=arch)
+    return convert(read_content(path), options)
 
 
-def convert(
-    content: Content, *, image_size: int | None = None, allow_zero_head: bool = False, arch: str | None = None
-) -> Pretrained:
+def convert(content: Content, options: LoadOptions = AS_PUBLISHED) -> Pretrained:
     """`read_pretrained` from where the file has been read."""
     arrays, notes = _without_wrappers(content.arrays)
-    content = dataclasses.replace(content, arrays=arrays, arch=arch)
-    layout = _layout_of(content)
+    content = dataclasses.replace(content, arrays=arrays, options=options)
+    layout, arch = _layout_of(content), options.arch
     if arch is not None and not layout.takes_arch:
         raise ValueError(
             f"{str(content.path)!r}: {arch=} tells nothing of a model of {layout.name}; its file and the config.json "
@@ -77,7 +67,7 @@ def convert(
         ) from error
     tensors.finish(layout.name)
     zero = [name for name in ("head/kernel", "head_dist/kernel") if name in params and not np.any(params[name])]
-    if zero and not allow_zero_head:
+    if zero and not options.allow_zero_head:
         raise ValueError(
             f"{str(content.path)!r}: {zero[0]} is all zeros, so every class gets the same logit: the checkpoint was "
             "published for fine-tuning, without a trained head. Take one that was fine-tuned, or allow_zero_head=True "
@@ -92,11 +82,31 @@ def convert(
         content.name,
         tuple(tensors.guessed),
         tuple(notes),
+        class_names(content, model.num_classes) if head == "classifier" else None,
     )
-    pretrained = with_image_size(pretrained, image_size or preprocess.image_size, layout.resize)
+    pretrained = with_image_size(pretrained, options.image_size or preprocess.image_size, layout.resize)
     recognised = f"recognised as {layout.name}"
     check_params(pretrained.model, pretrained.params, pretrained.preprocess.image_size, recognised)
     return pretrained
+
+
+def warn_of_guesses(pretrained: Pretrained, path: str | os.PathLike, *, arch: str = "arch") -> None:
+    """Warns whoever called the caller of what nothing told, and of what was chosen.
+
+    Args:
+      pretrained: What was read.
+      path: From where.
+      arch: What the option is called there that names the published model.
+    """
+    remarks = list(pretrained.notes)
+    if pretrained.guessed:
+        remarks.append(
+            f"no config and no published name tells its {', '.join(pretrained.guessed)}: guessed. Keep the JSON that "
+            "was published with it (config.json, preprocessor_config.json) beside the file, or (timm, transformers "
+            f"ViT, open_clip) name the published model that it was trained as, as in {arch}='deit_small_patch16_224'"
+        )
+    if remarks:
+        warnings.warn(f"{os.fspath(path)!r}: {'; '.join(remarks)}", stacklevel=3)
 
 
 def _without_wrappers(arrays: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], list[str]]:
@@ -124,24 +134,26 @@ def _wrapper(names: Collection[str]) -> str:
     return next((prefix for prefix in _WRAPPERS if names and all(name.startswith(prefix) for name in names)), "")
 
 
-def with_image_size(pretrained: Pretrained, image_size: int, method: Resize) -> Pretrained:
+def with_image_size(pretrained: Pretrained, image_size: ImageSize, method: Resize) -> Pretrained:
     """The model for images of another size: its position embeddings resized, its preprocessing in proportion.
 
     Args:
-      pretrained: Of square images.
-      image_size: Side in pixels of the images to come.
+      pretrained: With positions for the images of its preprocessing, or for square ones.
+      image_size: In pixels, of the images to come.
       method: How to interpolate, see `levattn.models.pretrained.posemb.resize_matrix`.
 
     Raises:
       ValueError: If the patch does not divide the image.
     """
     preprocess, params = pretrained.preprocess, dict(pretrained.params)
-    grid = patch_grid(pretrained.model, (image_size, image_size, 3))
+    grid = patch_grid(pretrained.model, sides_of(image_size))
     if "pos_embedding" in params:
-        side = math.isqrt(params["pos_embedding"].shape[1])
-        params["pos_embedding"] = resize_positions(params["pos_embedding"], (side, side), grid, method)
+        old_grid, num = patch_grid(pretrained.model, sides_of(preprocess.image_size)), params["pos_embedding"].shape[1]
+        if math.prod(old_grid) != num:  # DINOv2 has positions for other images than it is used at
+            old_grid = math.isqrt(num), math.isqrt(num)
+        params["pos_embedding"] = resize_positions(params["pos_embedding"], old_grid, grid, method)
     if image_size != preprocess.image_size:
-        resize = round(preprocess.resize * image_size / preprocess.image_size)
+        resize = round(preprocess.resize * min(sides_of(image_size)) / min(sides_of(preprocess.image_size)))
         preprocess = dataclasses.replace(preprocess, image_size=image_size, resize=resize)
     return dataclasses.replace(pretrained, params=params, preprocess=preprocess)
 
@@ -151,21 +163,24 @@ def _layout_of(content: Content) -> Layout:
         if layout.recognises(content):
             return layout
     names = list(content.arrays)
+    kinds = content.metadata.get("config", {}).get("architectures")
+    called = f"a {kinds[0]}, " if isinstance(kinds, list) and kinds else ""
     sample = "\n  ".join(f"{name} {content.arrays[name].shape}" for name in names[:8])
+    known = ", ".join(layout.name for layout in LAYOUTS)
     raise ValueError(
-        f"{str(content.path)!r} is of no layout that is known here ({', '.join(layout.name for layout in LAYOUTS)}): "
+        f"{str(content.path)!r} is {called}of no layout that is known here ({known}): "
         f"among its {len(names)} tensors are\n  {sample}\n"
         "Only plain Vision Transformers are read. A new layout is one file in levattn/models/pretrained/layouts"
     )
 
 
-def check_params(model: ModelConfig, params: Mapping[str, Any], image_size: int, what: str) -> None:
+def check_params(model: ModelConfig, params: Mapping[str, Any], image_size: ImageSize, what: str) -> None:
     """Refuses parameters that are not those of a model, or not finite.
 
     Args:
       model: Of which they are to be.
       params: Nested, arrays of NumPy.
-      image_size: Side in pixels of the images that the position embeddings are for.
+      image_size: In pixels, of the images that the position embeddings are for.
       what: Begins the message.
 
     Raises:

@@ -26,8 +26,10 @@ def resize_positions(
       Embeddings of the new grid in the dtype of the old; the same array if the grids are equal.
 
     Raises:
-      ValueError: They would take more than half a GiB in float64.
+      ValueError: Their number is not that of the old grid, or they would take more than half a GiB in float64.
     """
+    if positions.shape[1] != math.prod(old_grid):
+        raise ValueError(f"{positions.shape[1]} position embeddings are not those of {old_grid} patches")
     if old_grid == new_grid:
         return positions
     if math.prod(new_grid) * positions.shape[-1] > _MAX_NUMBERS:

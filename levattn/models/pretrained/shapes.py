@@ -6,22 +6,23 @@ import jax
 from flax.traverse_util import flatten_dict
 
 from levattn.models.config import MAX_DEPTH, ModelConfig
+from levattn.models.pretrained.layout import ImageSize, sides_of
 from levattn.models.variants import SIZES, Variant, decode
 from levattn.models.vit import ViT
 
 
-def param_shapes(model: ModelConfig, image_size: int, channels: int = 3) -> dict[str, tuple[int, ...]]:
+def param_shapes(model: ModelConfig, image_size: ImageSize, channels: int = 3) -> dict[str, tuple[int, ...]]:
     """Names, the path in the parameter tree joined by "/", to shapes. Nothing is allocated.
 
     Args:
       model: Of which the parameters are.
-      image_size: Side of its square images, in pixels.
+      image_size: Of its images, in pixels.
       channels: Of its images.
 
     Raises:
       ValueError: If the patch does not divide the image.
     """
-    images = jax.ShapeDtypeStruct((1, image_size, image_size, channels), "float32")
+    images = jax.ShapeDtypeStruct((1, *sides_of(image_size), channels), "float32")
     params = jax.eval_shape(ViT(model).init, jax.random.key(0), images)["params"]
     return {name: leaf.shape for name, leaf in flatten_dict(params, sep="/").items()}
 

@@ -6,9 +6,17 @@ from typing import Any
 import numpy as np
 
 from levattn.models.config import ModelConfig
-from levattn.models.pretrained.encoder import Names, attention, layer_norm, mlp, read_encoder
-from levattn.models.pretrained.hub_config import CLIP, guesses, read_preprocess, untold_fields, vision_config
-from levattn.models.pretrained.layout import Content, Layout, Preprocess
+from levattn.models.pretrained.encoder import Names, attention, dense, layer_norm, mlp, read_encoder
+from levattn.models.pretrained.hub_config import (
+    CLIP,
+    guesses,
+    is_published,
+    read_preprocess,
+    refuse_others,
+    untold_fields,
+    vision_config,
+)
+from levattn.models.pretrained.layout import Content, ImageSize, Layout, Preprocess, sides_of
 from levattn.models.pretrained.tensors import Tensors
 
 Converted = tuple[ModelConfig, dict[str, np.ndarray], Preprocess, str | None]
@@ -54,7 +62,11 @@ _OPEN_CLIP_TAG = re.compile(r"laion|datacomp|commonpool|metaclip|dfn|webli|yfcc|
 
 def _told(content: Content) -> dict[str, Any]:
     config = vision_config(content)
-    return {"num_heads": config.get("num_attention_heads"), "image_size": config.get("image_size")}
+    return {
+        "num_heads": config.get("num_attention_heads"),
+        "image_size": config.get("image_size"),
+        "possible_sizes": () if is_published(content) else (content.options.rectangle,),
+    }
 
 
 def _prefix(content: Content, mark: str) -> str | None:
@@ -78,7 +90,7 @@ def convert_clip(tensors: Tensors, content: Content) -> Converted:
             "vision_model alone"
         )
     encoder = read_encoder(tensors, _TRANSFORMERS, at=at, **_told(content))
-    tensors.guess(*guesses(content, preprocessing=False))
+    tensors.guess(*guesses(content, is_size_told=encoder.is_told, preprocessing=False))
     fields = encoder.fields | untold_fields(content, activation="quick_gelu", eps=1e-5)
     params, classes = dict(encoder.params), 0
     if "visual_projection.weight" in tensors:
@@ -99,14 +111,18 @@ def convert_open_clip(tensors: Tensors, content: Content) -> Converted:
     tower = config.get("vision_cfg", {})
     tensors.ignore(*(name for name in content.arrays if not name.startswith("visual.")))
     num_heads = tower["width"] // tower.get("head_width", 64) if "width" in tower else None
-    size = tower.get("image_size")
-    encoder = read_encoder(tensors, _OPEN_CLIP, at="visual.", num_heads=num_heads, image_size=size)
+    is_tagged = _OPEN_CLIP_TAG.search(content.hint)
+    sizes = {
+        "image_size": tower.get("image_size"),
+        "possible_sizes": () if is_tagged else (content.options.rectangle,),
+    }
+    encoder = read_encoder(tensors, _OPEN_CLIP, at="visual.", num_heads=num_heads, **sizes)
     # OpenAI's own files go by names that tell nothing, but hold the size of images as a number.
     quick = "input_resolution" in tensors or _QUICK_GELU.search(content.hint)
     if config:
         quick = config.get("quick_gelu")
-    elif not quick and not _OPEN_CLIP_TAG.search(content.hint):
-        tensors.guess("heads", "activation")
+    elif not quick and not is_tagged:
+        tensors.guess("heads", "activation", *([] if encoder.is_told else ["shape of images"]))
     fields = encoder.fields | {"activation": "quick_gelu" if quick else "gelu_exact", "layer_norm_eps": 1e-5}
     params, classes = dict(encoder.params), 0
     if "visual.proj" in tensors:
@@ -115,11 +131,11 @@ def convert_open_clip(tensors: Tensors, content: Content) -> Converted:
     return _clip(content, fields, params, classes, encoder.image_size)
 
 
-def _clip(content: Content, fields: dict, params: dict[str, np.ndarray], classes: int, size: int) -> Converted:
+def _clip(content: Content, fields: dict, params: dict[str, np.ndarray], classes: int, size: ImageSize) -> Converted:
     model = ModelConfig(pool="cls", num_classes=classes, head_bias=False, **fields)
     found = content.metadata.get("open_clip", {}).get("preprocess_cfg", {})
     normalisation = {name: tuple(map(float, found[name])) for name in ("mean", "std") if name in found}
-    default = Preprocess(size, size, "bicubic", **CLIP | normalisation)
+    default = Preprocess(size, min(sides_of(size)), "bicubic", **CLIP | normalisation)
     return model, params, read_preprocess(content, default, model.dims.patch), "projection" if classes else None
 
 
@@ -129,22 +145,29 @@ def is_siglip(content: Content) -> bool:
 
 
 def convert_siglip(tensors: Tensors, content: Content) -> Converted:
-    """See `Layout`. Its features, pooled by attention, are what it compares with those of texts."""
+    """See `Layout`. Its features, pooled by attention, are what it compares with those of texts. A classifier reads the
+    mean of its patches."""
+    refuse_others(content, ("siglip", "siglip_vision_model"))
     at = _prefix(content, "head.probe")
     tensors.ignore(*_OF_OTHER_TOWERS)
     encoder = read_encoder(tensors, _SIGLIP, at=at, **_told(content))
-    tensors.guess(*guesses(content, preprocessing=False))
+    tensors.guess(*guesses(content, is_size_told=encoder.is_told, preprocessing=False))
+    fields = encoder.fields | untold_fields(content, activation="gelu_pytorch_tanh", eps=1e-6)
+    default = Preprocess(encoder.image_size, min(sides_of(encoder.image_size)), "bicubic")
+    preprocess = read_preprocess(content, default, encoder.patch)
     width, source, target = encoder.width, f"{at}head.", "MAPHead_0/"
+    if "classifier.weight" in tensors:
+        classes = tensors.shape("classifier.weight")[0]
+        tensors.ignore(f"{source}*")
+        params = encoder.params | dense(tensors, "classifier", "head", width, classes)
+        return ModelConfig(pool="gap", num_classes=classes, **fields), params, preprocess, "classifier"
     params = encoder.params | {f"{target}probe": tensors.take(f"{source}probe", (1, 1, width))}
     attention_names = [f"{source}attention.in_proj_"], f"{source}attention.out_proj"
     params |= attention(tensors, *attention_names, f"{target}MultiHeadDotProductAttention_0", width, encoder.num_heads)
     params |= layer_norm(tensors, f"{source}layernorm", f"{target}LayerNorm_0", width)
     layers = [f"{source}mlp.fc1", f"{source}mlp.fc2"]
     params |= mlp(tensors, layers, f"{target}MlpBlock_0", width, encoder.mlp_dim)
-    fields = encoder.fields | untold_fields(content, activation="gelu_pytorch_tanh", eps=1e-6)
-    model = ModelConfig(pool="map", num_classes=0, **fields)
-    default = Preprocess(encoder.image_size, encoder.image_size, "bicubic")
-    return model, params, read_preprocess(content, default, model.dims.patch), None
+    return ModelConfig(pool="map", num_classes=0, **fields), params, preprocess, None
 
 
 LAYOUTS = (

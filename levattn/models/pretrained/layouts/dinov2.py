@@ -89,6 +89,8 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
     model = ModelConfig(**fields)
     patch = model.dims.patch
     default = Preprocess(224 // patch * patch, 256, "bicubic", **IMAGENET)  # positions are those of larger images
+    if not isinstance(encoder.image_size, int):
+        default = dataclasses.replace(default, image_size=encoder.image_size, resize=min(encoder.image_size))
     return model, params, read_preprocess(content, default, patch), head
 
 

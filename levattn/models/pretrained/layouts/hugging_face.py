@@ -1,15 +1,25 @@
-"""ViT and DeiT in the transformers library: `google/vit-*`, `facebook/deit-*`, and what was fine-tuned from them."""
+"""ViT, DeiT, ViT-MAE, ViT-MSN and I-JEPA in the transformers library, and what was fine-tuned from them."""
 
 import dataclasses
+import re
 
 import numpy as np
 
 from levattn.models.config import ModelConfig
 from levattn.models.pretrained.encoder import Names, dense, read_encoder
-from levattn.models.pretrained.hub_config import IMAGENET, guesses, read_preprocess, untold_fields, vision_config
-from levattn.models.pretrained.layout import Content, Layout, Preprocess
+from levattn.models.pretrained.hub_config import (
+    IMAGENET,
+    guesses,
+    is_published,
+    read_preprocess,
+    refuse_others,
+    untold_fields,
+    vision_config,
+)
+from levattn.models.pretrained.layout import Content, Layout, Preprocess, sides_of
 from levattn.models.pretrained.tensors import Tensors
 
+_KINDS = ("vit", "deit", "vit_msn", "vit_mae", "ijepa")
 _DISTILLATION_TOKEN = "embeddings.distillation_token"
 _NAMES = Names(
     patches="embeddings.patch_embeddings.projection",
@@ -46,11 +56,19 @@ def _find(content: Content) -> tuple[str, Names] | None:
 def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, np.ndarray], Preprocess, str | None]:
     """See `Layout`. The head is the classifier; both of a distilled DeiT; else the tanh layer of a pooler."""
     config = vision_config(content)
+    refuse_others(content, _KINDS)
     at, names = _find(content)
+    if not at and f"vit.{names.patches}.weight" in tensors:  # ViT-MSN: the blocks alone go without a prefix
+        outside = ("patches", "class_token", "positions", "last_norm")
+        names = dataclasses.replace(names, **{field: f"vit.{getattr(names, field)}" for field in outside})
+    if f"{at}{names.class_token}" not in tensors:  # I-JEPA
+        names = dataclasses.replace(names, class_token=None)
     told = {"num_heads": "num_attention_heads", "image_size": "image_size", "qkv_bias": "qkv_bias"}
-    encoder = read_encoder(tensors, names, at=at, **{ours: config.get(theirs) for ours, theirs in told.items()})
+    told = {ours: config.get(theirs) for ours, theirs in told.items()}
+    sizes = () if is_published(content) else (content.options.rectangle,)
+    encoder = read_encoder(tensors, names, at=at, possible_sizes=sizes, **told)
     marks = f"{at} {config.get('model_type')} {content.hint.lower()}"
-    tensors.guess(*guesses(content))
+    tensors.guess(*guesses(content, is_size_told=encoder.is_told))
     tensors.ignore("*.mask_token", "decoder.*")  # of pretraining by masked patches
 
     fields = encoder.fields | untold_fields(content, activation="gelu", eps=1e-12) | {"num_classes": 0}
@@ -71,11 +89,11 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
         fields |= {"distilled": True} if "head_dist/kernel" in params else {"num_registers": 1}
         params["dist" if "head_dist/kernel" in params else "registers"] = encoder.tokens[_DISTILLATION_TOKEN]
 
-    model = ModelConfig(pool="cls", **fields)
-    size = encoder.image_size
-    default = Preprocess(size, size, "bilinear")
-    if "deit" in marks or "vit_mae" in marks or "vit-mae" in marks:
-        default = Preprocess(size, size * 8 // 7, "bicubic", **IMAGENET)
+    model = ModelConfig(pool="cls" if names.class_token else "gap", **fields)
+    size, side = encoder.image_size, min(sides_of(encoder.image_size))
+    default = Preprocess(size, side, "bilinear")
+    if re.search("deit|vit[-_](mae|msn)|dino-vit|jepa", marks):
+        default = Preprocess(size, side * 8 // 7, "bicubic", **IMAGENET)
     return model, params, read_preprocess(content, default, model.dims.patch), head
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from levattn.models.config import ModelConfig
-from levattn.models.pretrained.encoder import Names, attention, dense, layer_norm, mlp, read_encoder, square_side
+from levattn.models.pretrained.encoder import Names, attention, dense, layer_norm, mlp, read_encoder
 from levattn.models.pretrained.hub_config import CLIP, IMAGENET
-from levattn.models.pretrained.layout import Content, Layout, Preprocess
+from levattn.models.pretrained.layout import Content, ImageSize, Layout, Preprocess, sides_of
 from levattn.models.pretrained.tensors import Tensors
 
 _PATCHES = "patch_embed.proj.weight"
@@ -25,6 +25,8 @@ _PREFERRED = ("base_encoder.", "teacher.")
 _PUBLISHED = re.compile(
     r"(vit|deit3?|eva)_\w*patch\d+|flexivit_(small|base|large)|test_vit|deit_3_|mae_(pretrain|finetuned)_vit|dino_(deit|vit)"
 )
+# Of models whose images are no squares the name has height and width: patch16_1024_128, patch16_128x512.
+_RECTANGLE = re.compile(r"_(\d{2,4})[x_](\d{2,4})(?!\d)")
 _WIDTHS = {"tiny": 192, "small": 384, "base": 768, "large": 1024}
 _OTHER_TASKS = ("mask_token", "decoder_*")
 
@@ -91,10 +93,18 @@ def convert(tensors: Tensors, content: Content) -> tuple[ModelConfig, dict[str, 
     num_heads = num_heads or next((heads for pattern, heads in _HEADS if re.search(pattern, name)), None)
     first, second = (tensors.shape(f"{at}blocks.0.{layer}.weight") for layer in names.mlp)
     swiglu = first[0] == 2 * second[1]
-    size = args.get("img_size")
-    encoder = read_encoder(tensors, names, at=at, num_heads=num_heads, image_size=size, swiglu=swiglu)
-    if not _PUBLISHED.search(name):
-        tensors.guess(*_guesses(config, name, swiglu=swiglu))
+    is_published = _PUBLISHED.search(name)
+    encoder = read_encoder(
+        tensors,
+        names,
+        at=at,
+        num_heads=num_heads,
+        image_size=args.get("img_size"),
+        possible_sizes=(_input_size(config), *_rectangles(name), None if is_published else content.options.rectangle),
+        swiglu=swiglu,
+    )
+    if not is_published:
+        tensors.guess(*_guesses(config, swiglu=swiglu, is_size_told=encoder.is_told))
     params, width = dict(encoder.params), encoder.width
     fields = encoder.fields | {
         "activation": "swiglu" if swiglu else _activation(config, name),
@@ -176,16 +186,27 @@ def _activation(config: Mapping[str, Any], name: str) -> str:
     return "gelu" if re.search(_TANH_GELU, name) else "gelu_exact"
 
 
-def _preprocess(image_size: int, config: Mapping[str, Any], name: str) -> Preprocess:
+def _input_size(config: Mapping[str, Any]) -> list[int] | None:
+    """Height and width of the images in timm's config, if it has them."""
+    size = config.get("pretrained_cfg", config).get("input_size")
+    return size and size[1:]
+
+
+def _rectangles(name: str) -> list[tuple[int, int]]:
+    return [tuple(map(int, found.groups())) for found in _RECTANGLE.finditer(name)]
+
+
+def _preprocess(image_size: ImageSize, config: Mapping[str, Any], name: str) -> Preprocess:
     trained = next(both for pattern, both in _NORMALISATIONS if re.search(pattern, name))
     trained = trained | config.get("pretrained_cfg", config)
-    input_size = square_side(trained.get("input_size", (3, image_size, image_size))[1:])
+    side = min(sides_of(image_size))
+    input_side = min(_input_size(config) or (side,))
     by_name = next(share for pattern, share in _CROPS if re.search(pattern, name))
-    crop_share = trained.get("crop_pct") or by_name or (0.9 if input_size < 256 else 1.0)
+    crop_share = trained.get("crop_pct") or by_name or (0.9 if input_side < 256 else 1.0)
     bilinear = trained.get("interpolation", "bilinear" if "miil" in name else "bicubic") == "bilinear"
     return Preprocess(
         image_size=image_size,
-        resize=max(image_size, math.floor(input_size / crop_share)),
+        resize=max(side, math.floor(input_side / crop_share)),
         interpolation="bilinear" if bilinear else "bicubic",
         mean=tuple(map(float, trained["mean"])),
         std=tuple(map(float, trained["std"])),
@@ -194,8 +215,8 @@ def _preprocess(image_size: int, config: Mapping[str, Any], name: str) -> Prepro
 
 def _config(content: Content) -> tuple[Mapping[str, Any], str]:
     """timm's own config, and the model's name as "architecture.tag", or what the file is called."""
-    if content.arch:
-        return {}, content.arch.rpartition("/")[2]
+    if content.options.arch:
+        return {}, content.options.arch.rpartition("/")[2]
     config = content.metadata.get("config", {})
     if "architecture" not in config and "model_args" not in config:
         return _left_by_training(content)
@@ -220,7 +241,7 @@ def _left_by_training(content: Content) -> tuple[Mapping[str, Any], str]:
     return config, str(name).rpartition("/")[2]
 
 
-def _guesses(config: Mapping[str, Any], name: str, *, swiglu: bool) -> list[str]:
+def _guesses(config: Mapping[str, Any], *, swiglu: bool, is_size_told: bool) -> list[str]:
     """What no published name tells, and the config does not either."""
     if "architecture" in config:
         return []
@@ -228,6 +249,7 @@ def _guesses(config: Mapping[str, Any], name: str, *, swiglu: bool) -> list[str]
     told = {
         "heads": "num_heads" in args,
         "activation": swiglu or "act_layer" in args,
+        "shape of images": is_size_told,
         "mean and std": cfg.keys() >= {"mean", "std"},
         "resize": cfg.keys() >= {"crop_pct", "interpolation"},
     }
@@ -240,20 +262,19 @@ def _projects(num_outputs: int, name: str) -> bool:
 
 def _check_arch(tensors: Tensors, at: str, content: Content) -> None:
     """Refuses the name of a model that is not that in the file, as far as the name tells."""
-    if not content.arch:
+    arch = content.options.arch
+    if not arch:
         return
-    if not _PUBLISHED.search(content.arch):
-        raise ValueError(
-            f"arch={content.arch!r} is no published model's name, such as 'deit_small_patch16_224.fb_in1k'"
-        )
+    if not _PUBLISHED.search(arch):
+        raise ValueError(f"{arch=} is no published model's name, such as 'deit_small_patch16_224.fb_in1k'")
     width, _, patch, _ = tensors.shape(at + _PATCHES)
     sizes = [(r"patch(\d+)", int, patch, "patches of {} pixels")]
     sizes.append((r"(?:vit|deit3?)_([a-z]+)_", lambda size: _WIDTHS.get(size, width), width, "tokens {} wide"))
     for pattern, number_of, found, what in sizes:
-        told = re.search(pattern, content.arch)
+        told = re.search(pattern, arch)
         if told and number_of(told[1]) != found:
             raise ValueError(
-                f"arch={content.arch!r} has {what.format(number_of(told[1]))}, and {str(content.path)!r} has "
+                f"{arch=} has {what.format(number_of(told[1]))}, and {str(content.path)!r} has "
                 f"{what.format(found)}: name the model that it was trained as"
             )
 
