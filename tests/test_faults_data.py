@@ -1,6 +1,7 @@
 """Images that cannot be used: training leaves them out, says so and stops above a rate; evaluation does not go on."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -10,8 +11,10 @@ import multiprocessing
 import os
 import signal
 import struct
+import threading
 import time
 import zlib
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -366,6 +369,40 @@ def test_evaluation_refuses_a_damaged_image_by_its_path_and_counts_all_others_be
 
 
 # Workers
+
+
+def test_a_worker_that_is_killed_while_it_starts_ends_the_stream_within_seconds():
+    # Its source is larger than a pipe, through which a process gets what it starts from.
+    source = open_source(DataConfig(source="digits"), "train")
+    assert source.images.nbytes > 2**16
+
+    def workers():
+        found = set()
+        for file in Path("/proc/self/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # a thread or a process has just ended
+                for pid in file.read_text().split():
+                    if b"spawn_main" in Path("/proc", pid, "cmdline").read_bytes():
+                        found.add(int(pid))
+        return found
+
+    before = workers()
+
+    def kill_at_birth():
+        while not (born := workers() - before):
+            time.sleep(0.001)
+        os.kill(born.pop(), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_at_birth)
+    stream = train_batches(source, DataConfig(source="digits", num_workers=1), global_batch_size=4, seed=0)
+    killer.start()
+    try:
+        start = time.perf_counter()
+        with pytest.raises(ChildProcessError, match=r"a data worker died.*exit code -9"):
+            next(stream)
+        assert time.perf_counter() - start < 10
+    finally:
+        killer.join()
+        stream.close()
 
 
 def test_a_killed_worker_ends_the_stream_within_seconds():

@@ -5,7 +5,11 @@ Where a row may not count (a damaged image in training, padding in evaluation) t
 """
 
 import os
+import pickle
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import IO
 
 import grain
 import numpy as np
@@ -93,7 +97,7 @@ def train_batches(
         block = _Block(mine, shard_index, num_shards, global_batch_size // num_shards)
         mine = grain.MapDataset.range(len(mine) // num_shards).map(block)
     steps = mine.batch(global_batch_size // num_shards, batch_fn=np.array)
-    return _iterate(steps.map(_TrainLoader(source, config, output_shape(source, config), seed)), source, config)
+    return _iterate(steps, _TrainLoader(source, config, output_shape(source, config), seed))
 
 
 def eval_batches(
@@ -126,7 +130,7 @@ def eval_batches(
     num_steps = -(-len(source) // (batch_size * num_shards))
     positions = grain.MapDataset.range(num_steps * batch_size * num_shards)[shard_index::num_shards]
     steps = positions.batch(batch_size, batch_fn=np.array)
-    return _iterate(steps.map(_EvalLoader(source, config, output_shape(source, config))), source, config)
+    return _iterate(steps, _EvalLoader(source, config, output_shape(source, config)))
 
 
 @dataclass(frozen=True)
@@ -234,8 +238,36 @@ def _centre(image: np.ndarray, size: int, config: DataConfig) -> np.ndarray:
     return resize_short_and_centre_crop(image, size, short_side=config.eval_resize, interpolation=config.interpolation)
 
 
-def _iterate(steps: grain.MapDataset, source: Source, config: DataConfig) -> Batches:
-    return Batches(_grain_iterator(steps, source, config), source, config)
+def _iterate(steps: grain.MapDataset, loader: _TrainLoader | _EvalLoader) -> Batches:
+    load_fn = _ByFile(loader) if loader.config.num_workers else loader
+    return Batches(_grain_iterator(steps.map(load_fn), loader.source, loader.config), loader.source, loader.config)
+
+
+class _ByFile:
+    """A function that goes to other processes by a file.
+
+    What a process starts from goes to it through a pipe, which holds 64 KiB: whoever writes more than that, such as a
+    source, to a process that is killed before it reads waits for ever.
+    """
+
+    def __init__(self, function: Callable):
+        self._function = function
+        self._file: IO[bytes] | None = None
+
+    def __call__(self, *args):
+        return self._function(*args)
+
+    def __reduce__(self):
+        if self._file is None:
+            self._file = tempfile.NamedTemporaryFile(prefix="levattn-")  # noqa: SIM115  It lives as long as this.
+            pickle.dump(self._function, self._file)
+            self._file.flush()
+        return _unpickle, (self._file.name,)
+
+
+def _unpickle(path: str) -> Callable:
+    with open(path, "rb") as file:
+        return pickle.load(file)
 
 
 def _grain_iterator(steps: grain.MapDataset, source: Source, config: DataConfig) -> grain.DatasetIterator:
