@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 
@@ -26,6 +27,9 @@ from absl import flags
 jax.config.update("jax_num_cpu_devices", 8)
 # NumPy's matrices are small here: more threads would wait for each other, for seconds where the cores are busy.
 threadpoolctl.threadpool_limits(1, "blas")
+
+# A shell lets jobs in its background ignore interrupts, and so all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not flags.FLAGS.is_parsed():
     flags.FLAGS(sys.argv[:1])  # grain's worker processes refuse to start without parsed flags

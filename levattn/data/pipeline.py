@@ -4,12 +4,15 @@ Batches hold `image` (uint8, `b h w c`), `label` (int32, `b`) and `index` (int64
 Where a row may not count (a damaged image in training, padding in evaluation) there is `mask` (float32, `b`), too.
 """
 
+import multiprocessing
 import os
 import pickle
 import tempfile
+import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -252,22 +255,31 @@ class _ByFile:
 
     def __init__(self, function: Callable):
         self._function = function
-        self._file: IO[bytes] | None = None
+        # At once: iterators of several workers are made, and this is pickled, in threads.
+        number, self._path = tempfile.mkstemp(prefix="levattn-")
+        weakref.finalize(self, Path(self._path).unlink, missing_ok=True)
+        with open(number, "wb") as file:
+            pickle.dump(function, file)
 
     def __call__(self, *args):
         return self._function(*args)
 
     def __reduce__(self):
-        if self._file is None:
-            self._file = tempfile.NamedTemporaryFile(prefix="levattn-")  # noqa: SIM115  It lives as long as this.
-            pickle.dump(self._function, self._file)
-            self._file.flush()
-        return _unpickle, (self._file.name,)
+        return _unpickle, (self._path,)
 
 
 def _unpickle(path: str) -> Callable:
+    # The first that a worker does.
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="end-with-parent", daemon=True).start()
     with open(path, "rb") as file:
         return pickle.load(file)
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """Ends this process when its parent is gone: one that was killed cannot end its workers."""
+    parent.join()  # Not the kernel's signal at a parent's death: it comes when the thread that started us has ended.
+    os._exit(1)
 
 
 def _grain_iterator(steps: grain.MapDataset, source: Source, config: DataConfig) -> grain.DatasetIterator:
