@@ -111,6 +111,17 @@ def test_changing_later_tokens_changes_no_earlier_row(spec, later):
             np.testing.assert_allclose(case[kept], expected[kept], atol=2e-6)
 
 
+@pytest.mark.parametrize("number", [1e20, np.inf, np.nan])
+def test_no_row_sees_a_later_number_that_is_huge_or_none(spec, number):
+    inputs = [x.at[:, :9].set(0) if i == 1 else x for i, x in enumerate(_inputs(1))]
+    expected, place = np.asarray(_output_and_seen(*inputs, spec)[0]), 13
+    for which in (1, 2):
+        changed = [x.at[:, place:].multiply(number) if i == which else x for i, x in enumerate(inputs)]
+        out = np.asarray(_output_and_seen(*changed, spec)[0])
+        np.testing.assert_allclose(out[:, :place], expected[:, :place], atol=2e-6)
+        assert np.isfinite(number) or np.all(np.isnan(out[:, place:]))
+
+
 @pytest.mark.parametrize("name", ["with a window", "threshold"])
 def test_no_derivative_reaches_back_from_a_row_to_a_later_token(name):
     spec = SPECS[name]

@@ -79,6 +79,18 @@ def test_keeping_every_key_is_dense(method):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+def test_keeping_every_key_needs_no_total_of_the_others():
+    """Queries along the weakest directions of ill-conditioned keys, where a quadratic form in float32 cancels."""
+    rng = np.random.default_rng(3)
+    rotation = np.linalg.qr(rng.normal(size=(WIDTH, WIDTH)))[0]
+    keys = (rng.normal(size=(BATCH, TOKENS, HEADS, WIDTH)) * np.logspace(0, -4, WIDTH) @ rotation).astype(np.float32)
+    queries = np.stack([[np.linalg.pinv(k).T for k in np.swapaxes(batch, 0, 1)] for batch in keys.astype(np.float64)])
+    queries = np.swapaxes(queries / np.abs(queries).max(), 1, 2).astype(np.float32)
+    value = _inputs()[2]
+    out = lev_attention(jnp.asarray(queries), jnp.asarray(keys), value, AttentionSpec("leverage", k=TOKENS, power=2))
+    np.testing.assert_allclose(out, _output(_matrix(queries, keys, 2), value), atol=2e-3)
+
+
 @pytest.mark.parametrize("power, tokens", [(2, 21), (4, 300), (3, 600), (1, 256), (1.5, 40)])
 def test_row_totals_agree_by_every_route(power, tokens):
     query, key, _ = _inputs(1, tokens=tokens)

@@ -279,3 +279,26 @@ def test_a_query_that_only_meets_a_key_whose_square_underflows_gives_it_all():
     np.testing.assert_allclose(found.values, 1)
     with pytest.raises(ValueError, match="underflows float64 for query 0"):
         heavy_entries(np.array([[0.0, 1.0], [1.0, 0.0]]), keys, 0.5, Huber(1))
+
+
+@pytest.mark.parametrize("p, scale", [(100, 1e3), (40, 1e9), (12, 1e9)])
+def test_row_sums_of_high_powers_stay_finite(p, scale):
+    rng = np.random.default_rng(0)
+    queries, keys = rng.normal(size=(9, 5)), rng.normal(size=(60, 5)) * scale
+    products = np.abs(queries @ keys.T)
+    expected = attention(queries / products.max(1, keepdims=True), keys, Power(p))
+    assert_exact(heavy_entries(queries, keys, 0.05, Power(p)), expected, 0.05)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e160, 1e200, 1e305])
+def test_row_sums_that_are_given_serve_keys_of_any_scale(scale):
+    queries, keys = inputs(0, num_queries=9, num_keys=40, width=3, dtype=np.float64)
+    keys /= np.abs(keys).max()
+    given = heavy_entries(queries, keys * scale, 0.1, row_sums=exact_row_sums(keys * scale, Power(2)))
+    assert_exact(given, attention(queries, keys, Power(2)), 0.1)
+
+
+def test_no_threshold_is_so_small_that_zeros_pass_it():
+    found = heavy_entries(np.eye(4), np.eye(4) / 2, 5e-324)
+    np.testing.assert_array_equal(found.key_indices, np.arange(4))
+    np.testing.assert_array_equal(found.values, 1)

@@ -1,5 +1,7 @@
 """Leverage scores agree with the definition by a float64 SVD, on the inputs that break naive code."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,15 @@ def test_centred_scores_do_not_see_a_common_shift():
     keys = _random(0, 60, 8)
     shifted = leverage_scores(jnp.asarray(keys + 5), centre=True)
     np.testing.assert_allclose(shifted, leverage_scores(jnp.asarray(keys - keys.mean(0))), atol=1e-4)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_centred_keys_that_are_all_equal_score_zero(is_masked):
+    keys = jnp.broadcast_to(jnp.asarray(_random(1, 8, 1, 1, 8)), (8, 40, 1, 8))
+    mask = jnp.arange(40) < jnp.arange(33, 41)[:, None] if is_masked else None
+    score = functools.partial(leverage_scores, method="gram", centre=True)
+    for scores in (score(keys, mask=mask), jax.jit(score)(keys, mask=mask)):
+        np.testing.assert_array_equal(scores, 0)
 
 
 def test_bfloat16_keys_are_accumulated_in_float32():

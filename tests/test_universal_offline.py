@@ -128,6 +128,17 @@ def test_eps_for_a_size_leaves_out_keys_that_tie():
         choose_eps(np.eye(3), size=2)
 
 
+@pytest.mark.parametrize("p", [1, 2, 4, 100])
+def test_eps_for_a_mass_does_not_see_the_scale_of_queries_or_keys(p):
+    keys, queries = _keys(0).astype(np.float64), np.random.default_rng(1).normal(size=(20, 5))
+    plain = choose_eps(keys, Power(p), mass=0.8, queries=queries)
+    for by_queries, by_keys in ((1e-200, 1.0), (1.0, 1e160), (1e200, 1e200), (1e-15, 1e-15)):
+        scaled = choose_eps(keys * by_keys, Power(p), mass=0.8, queries=queries * by_queries)
+        np.testing.assert_allclose(scaled, plain, rtol=1e-3)
+    with pytest.raises(ValueError, match="underflows"):
+        choose_eps(keys, Huber(1), mass=0.8, queries=queries * 1e-200)
+
+
 @pytest.mark.parametrize("f", [Power(1), Power(2), Power(4), Huber(1)])
 @pytest.mark.parametrize("mass", [0.2, 0.5, 0.9, 0.999])
 def test_eps_for_a_mass_captures_it_and_a_larger_one_does_not(f, mass):
@@ -167,6 +178,9 @@ def test_a_calibrated_eps_covers_new_queries_as_often_as_stated():
         ({}, "exactly one"),
         ({"size": 3, "mass": 0.5}, "exactly one"),
         ({"size": 0}, "size"),
+        ({"size": True}, "int"),
+        ({"size": 3, "queries": np.ones((2, 5))}, "leave them out"),
+        ({"size": 3, "coverage": 0.5}, "leave them out"),
         ({"mass": 0.5}, "queries"),
         ({"mass": 1.0, "queries": np.ones((2, 5))}, "mass"),
         ({"mass": 0.5, "queries": np.full((2, 5), np.nan)}, "queries"),

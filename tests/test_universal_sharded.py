@@ -53,6 +53,14 @@ def test_shards_find_the_set_of_all_keys(mesh, name, one_round):
     _check(sharded_universal_set(jnp.asarray(keys), EPS, mesh=mesh, one_round=one_round), keys)
 
 
+def test_host_keys_in_float64_are_cast_with_a_look_at_what_that_loses(mesh):
+    keys = CASES["gaussian"].astype(np.float64)
+    _check(sharded_universal_set(keys, EPS, mesh=mesh), CASES["gaussian"])
+    keys[77] = 1e-60 * np.eye(WIDTH)[0]
+    with pytest.raises(ValueError, match="size 1e-60 is beyond the range of float32"):
+        sharded_universal_set(keys, EPS, mesh=mesh)
+
+
 @pytest.mark.parametrize("one_round", [False, True])
 def test_a_key_that_is_not_finite_on_any_shard_is_named(mesh, one_round):
     for place in (0, 77, 479):

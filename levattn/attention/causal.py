@@ -71,7 +71,8 @@ def attend_causal(
       chunk: Tokens between two rescorings.
 
     Returns:
-      The outputs, in the dtype of `query`. Gradients flow through the keys and values that are seen, the choice carries
+      The outputs, in the dtype of `query`; NaN for a head from its first key or value that is not finite on. Gradients
+      flow through the keys and values that are seen, the choice carries
       none. Cost: 4 B H T (K + 2 C + W) D operations for C tokens a chunk and a window of W, 4 B H T (1 + K / C) D^2 to
       choose; memory B H T (K + 2 C + W), linear in T.
 
@@ -81,13 +82,28 @@ def attend_causal(
     if query.shape[1] != key.shape[1]:
         raise ValueError(f"causal attention needs one key per query: {query.shape=}, {key.shape=}")
     key, value = zero_masked(mask, key, value)
+    key, value, unknown = _zero_not_finite(key, value)
     if spec.method == "dense":
         exists = None if mask is None else mask[:, None, None]
         out = jax.nn.dot_product_attention(query, key, value, mask=exists, is_causal=True, implementation="xla")
         # A row without one existing token before it has nothing to attend to.
-        return out if mask is None else jnp.where(jnp.cumsum(mask, axis=1)[:, :, None, None] > 0, out, 0)
-    selection = select_causal(key, spec, mask=mask, chunk=chunk)
-    return _attend_selection(query, key, value, selection, spec, mask)
+        out = out if mask is None else jnp.where(jnp.cumsum(mask, axis=1)[:, :, None, None] > 0, out, 0)
+    else:
+        selection = select_causal(key, spec, mask=mask, chunk=chunk)
+        out = _attend_selection(query, key, value, selection, spec, mask)
+    return out + unknown.astype(out.dtype)
+
+
+def _zero_not_finite(
+    key: Float[Array, "B S H D"], value: Float[Array, "B S H D"]
+) -> tuple[Float[Array, "B S H D"], Float[Array, "B S H D"], Float[Array, "B S H 1"]]:
+    """Zeros for the tokens of a head with NaN or infinity, and what to add to its rows: NaN from the first of them on.
+
+    Rows before it do not see it, but a weight of zero times infinity is NaN.
+    """
+    finite = jnp.all(jnp.isfinite(key) & jnp.isfinite(value), axis=-1, keepdims=True)
+    unknown = jnp.where(jax.lax.cummin(finite.astype(jnp.int8), axis=1) > 0, 0.0, jnp.nan)
+    return jnp.where(finite, key, 0), jnp.where(finite, value, 0), unknown
 
 
 def select_causal(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from levattn.attention.coreset import Coreset, zero_masked
+from levattn.attention.select import is_selected
 from levattn.attention.spec import AttentionSpec
 from levattn.core.leverage import gram_matrix
 
@@ -32,11 +33,14 @@ def attend_polynomial(
     With method "leverage", a threshold eps and `universal_spec`, no entry that is left out reaches eps, for keys of a
     condition number (columns scaled to equal norms) up to 1e5: beyond, float32 scores lose directions, and with them
     heavy keys (`levattn.universal_set` and `levattn.heavy_entries` compute in float64). A row's output is off by at
-    most (1 - the kept mass of the row) times the longest value left out.
+    most (1 - the kept mass of the row) times the longest value left out, and by float32 rounding. For even p that has
+    a part of its own: the keys left out enter the total through their Gram matrix, to about 1e-7 |q|^p sum |k_l|^p over
+    them, so that a row whose total is not far above that (a query all but orthogonal to the long ones among them, at
+    condition numbers of 1e3 and more) may come out too small. Kept keys are summed one by one.
 
     Args:
       query: Queries.
-      key: All keys.
+      key: All keys. Products with queries below 1e-37 count as 0; for the scale of keys see `leverage_scores`.
       value: All values.
       coreset: Keys that stand for themselves, with their values.
       spec: Gives the power, at least 1.
@@ -52,8 +56,10 @@ def attend_polynomial(
     log_kept = jax.nn.logsumexp(logits, axis=-1, where=counts)
     log_total = log_kept
     if spec.method != "dense":
-        # Rounding may take the total below its part, where a query is all but orthogonal to the keys.
-        log_total = jnp.maximum(log_kept, log_totals(query, key, spec.power, mask))
+        is_kept = jnp.swapaxes(is_selected(coreset.indices, coreset.valid, key.shape[1]), 1, 2)
+        others = jnp.where(is_kept[..., None], 0, key)
+        parts = jnp.stack([log_kept, log_totals(query, others, spec.power, mask)])
+        log_total = jax.nn.logsumexp(parts, axis=0, where=parts > -jnp.inf)
     weights = _exponential(logits, log_total, counts)
     return jnp.einsum("bhtk,bkhd->bthd", weights.astype(query.dtype), coreset.values)
 

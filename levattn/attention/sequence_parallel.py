@@ -78,7 +78,11 @@ def _scores(key, mask, spec, axis):
         present = mask[:, :, None, None]
         total = jax.lax.psum(jnp.sum(key, axis=1), axis)
         number = jax.lax.psum(jnp.sum(mask, axis=1), axis)
-        key = jnp.where(present, key - (total / jnp.maximum(number, 1)[:, None, None])[:, None], 0)
+        mean = total / jnp.maximum(number, 1)[:, None, None]
+        # As in `centre_keys`: what is equal in all tokens becomes exactly zero. The least comes as a largest, negated.
+        ends = jnp.stack([jnp.where(present, x, -jnp.inf).max(axis=1) for x in (key, -key)])
+        largest, least = jax.lax.pmax(ends, axis) * jnp.array([1.0, -1.0])[:, None, None, None]
+        key = jnp.where(present, key - jnp.clip(mean, least, largest)[:, None], 0)
     if spec.method == "row_norm":
         norms = jnp.swapaxes(jnp.sum(jnp.square(key), axis=-1), 1, 2)
         total = jax.lax.psum(jnp.sum(norms, axis=-1, keepdims=True), axis)
@@ -176,8 +180,8 @@ def communicated_bytes(
     slots = num_kept(spec, num_tokens, head_dim)
     candidates = min(slots, num_tokens // num_devices)
     summed = 2 * others / num_devices
-    # The Gram matrix or the sum of the norms, the mean key, and whether some score is no number.
-    shared = 4 * ((head_dim**2 if spec.method == "leverage" else 1) + (head_dim if spec.centre else 0) + 1)
+    # The Gram matrix or the sum of the norms, the mean key and both ends, and whether some score is no number.
+    shared = 4 * ((head_dim**2 if spec.method == "leverage" else 1) + (3 * head_dim if spec.centre else 0) + 1)
     selected = heads * (summed * shared + others * candidates * 8 + summed * slots * 2 * head_dim * bytes_per_number)
     everything = heads * others * (num_tokens // num_devices) * 2 * head_dim * bytes_per_number
     return CommunicatedBytes(round(selected), everything, everything)

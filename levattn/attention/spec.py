@@ -98,6 +98,8 @@ class AttentionSpec:
             raise ValueError(f"num_iters={self.num_iters} must not be negative")
         if self.num_landmarks is not None and self.num_landmarks < 1:
             raise ValueError(f"num_landmarks={self.num_landmarks} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2**63")
         if self.causal:
             self._check_causal()
         if self.power is not None:

@@ -16,8 +16,11 @@ from levattn.core.functions import AttentionFunction, Power
 from levattn.core.rowsums import EXACT, RowSums, exact_row_sums
 from levattn.core.sensitivity import check_eps, passes, sensitivity_bounds
 
-# Row sums below this may have lost terms to underflow.
-_SMALL_SUM = 1e-200
+# Row sums below the one may have lost terms to underflow, those above the other may be the sum of terms that overflow
+# when they are taken in another order.
+_SMALL_SUM, _LARGE_SUM = 1e-200, 1e300
+_SMALLEST = np.nextafter(0.0, 1.0)
+_HEADROOM = 32  # binary places that a sum over the features of a query may add to the largest of its terms
 
 
 class HeavyEntries(NamedTuple):
@@ -67,7 +70,8 @@ def heavy_entries(
 
     Raises:
       ValueError: For arrays that are empty, not finite or of different widths, eps out of range, f without growth,
-        indices that are not those of keys, or an f other than a power whose row sums leave float64.
+        indices that are not those of keys, or row sums that leave float64 (under a power each query is scaled first so
+        that they do not).
 
     Cost: that of the universal set, of the normalisers, and 2 T U D operations: for x^2 together 2 S D^2 + T D^2 +
     2 T U D, with U <= D / eps. Memory: O(D^2) and a block beside the arguments and the result.
@@ -139,13 +143,59 @@ def with_row_sums(
     The attention of a query is that of its multiples.
     """
     block = np.ldexp(block, -np.frexp(np.max(np.abs(block), axis=1, keepdims=True))[1])
-    sums = row_sums(block)
-    small = sums < _SMALL_SUM
-    if np.any(small):
-        largest = _largest_products(block[small], keys)
-        block[small] = np.ldexp(block[small], -np.frexp(largest)[1][:, None])
-        sums[small] = row_sums(block[small])
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = row_sums(block)
+        is_out = ~((sums >= _SMALL_SUM) & (sums <= _LARGE_SUM))
+        if np.any(is_out):
+            block[is_out] = np.ldexp(block[is_out], -largest_exponents(block[is_out], keys))
+            sums[is_out] = row_sums(block[is_out])
     return block, sums
+
+
+def largest_exponents(queries: Float[np.ndarray, "b D"], keys: Float[np.ndarray, "S D"]) -> Int[np.ndarray, "b 1"]:
+    """The power of two just above the largest |<q, k>| of each query of entries up to 1; 0 where there is none.
+
+    Whatever the keys: products that overflow are taken of a part of the query.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = _largest_products(queries, keys)
+    exponents = np.frexp(largest)[1]
+    is_over = ~np.isfinite(largest)
+    if np.any(is_over):
+        parts = np.ldexp(queries[is_over], -_HEADROOM)
+        exponents[is_over] = np.frexp(_largest_products(parts, keys))[1] + _HEADROOM
+    return exponents[:, None]
+
+
+def check_row_sums(
+    sums: Float[np.ndarray, " b"],
+    queries: Float[np.ndarray, "b D"],
+    keys: Float[np.ndarray, "S D"],
+    f: AttentionFunction,
+    first: int = 0,
+) -> None:
+    """Refuses normalisers that float64 does not hold.
+
+    Args:
+      sums: The normalisers of the queries under f.
+      queries: Those that they are of.
+      keys: All keys.
+      f: Function of attention.
+      first: Number of the first query, for the message.
+
+    Raises:
+      ValueError: One is not finite; or so small that terms may have been lost, though the query meets a key.
+    """
+    small = np.flatnonzero(sums < _SMALL_SUM)
+    is_lost = ~np.isfinite(sums)
+    if len(small) and not isinstance(f, Power):  # under a power with_row_sums has seen to it
+        is_lost[small] |= _largest_products(queries[small], keys) > 0
+    if np.any(is_lost):
+        way = "under" if sums[is_lost][0] < 1 else "over"
+        raise ValueError(
+            f"sum of f {way}flows float64 for query {first + int(np.argmax(is_lost))}: bring queries and keys to a "
+            "scale at which f is near 1"
+        )
 
 
 def _largest_products(queries, keys):
@@ -162,17 +212,9 @@ def _blocks(queries, keys, chosen, key_indices, eps, f, row_sums, size):
             block, sums = with_row_sums(block, keys, row_sums)
         else:
             sums = row_sums(block)
-            small = np.flatnonzero(sums < _SMALL_SUM)
-            is_lost = ~np.isfinite(sums)
-            is_lost[small] |= _largest_products(block[small], keys) > 0 if len(small) else False
-            if np.any(is_lost):
-                way = "under" if sums[is_lost][0] < 1 else "over"
-                raise ValueError(
-                    f"sum of f {way}flows float64 for query {start + int(np.argmax(is_lost))}: bring queries and "
-                    "keys to a scale at which f is near 1"
-                )
+        check_row_sums(sums, block, keys, f, start)
         values = f(block @ chosen.T)
-        # Of a row that is all zero every entry would pass a threshold of 0.
-        least = np.where(sums > 0, threshold * sums, math.inf)
+        # Of a row that is all zero every entry would pass a threshold of 0; so would zeros where that underflows.
+        least = np.where(sums > 0, np.maximum(threshold * sums, _SMALLEST), math.inf)
         rows, columns = np.nonzero(values >= least[:, None])
         yield HeavyEntries(start + rows, key_indices[columns], values[rows, columns] / sums[rows])

@@ -51,7 +51,8 @@ def leverage_scores(
 
     Args:
       keys: Keys, as one matrix or as batch, tokens, heads, width. Any float dtype; accumulation is in float32, so that
-        entries must be 0 or of a magnitude between 1e-15 and 1e15.
+        entries must be 0 or of a magnitude between 1e-15 and 1e15: the squares of smaller ones (1e-22, say) underflow
+        and score 0, those of larger ones (1e20) overflow and give NaN. Scores have no scale: multiply the keys.
       mask: True for the tokens that exist. The others count as zero keys: they score 0 and move no other score.
       method: See above.
       centre: Score the keys less their mean over the tokens. Softmax does not see a shift common to all keys.
@@ -98,10 +99,16 @@ def leverage_scores(
 
 
 def centre_keys(keys: Float[Array, "B S H D"], mask: Bool[Array, "B S"] | None = None) -> Float[Array, "B S H D"]:
-    """The keys less their mean over the existing tokens, in float32; tokens that do not exist become zero."""
+    """The keys less their mean over the existing tokens, in float32; tokens that do not exist become zero.
+
+    Columns in which all tokens are equal become exactly zero.
+    """
     keys = keys.astype(jnp.float32)
     where = None if mask is None else mask[:, :, None, None]
-    centred = keys - jnp.mean(keys, axis=1, keepdims=True, where=where)
+    along = {"axis": 1, "keepdims": True, "where": where}
+    # The mean of equal keys is off by rounding, which would be all that is left of them and count like any direction.
+    least, largest = jnp.min(keys, initial=jnp.inf, **along), jnp.max(keys, initial=-jnp.inf, **along)
+    centred = keys - jnp.clip(jnp.mean(keys, **along), least, largest)
     return centred if where is None else jnp.where(where, centred, 0)
 
 

@@ -66,9 +66,9 @@ def online_leverage_scores(
 
 def initial_factor(chunks: Float[Array, "num_chunks N C D"]) -> Float[Array, "N D D"]:
     """The factor R before any key: a ridge at the size of rounding errors of each head's first key that is not zero."""
-    norms = jnp.moveaxis(jnp.linalg.norm(chunks, axis=-1), 0, 1).reshape(chunks.shape[1], -1)
+    norms = jnp.moveaxis(_norms(chunks), 0, 1).reshape(chunks.shape[1], -1)
     first = jnp.take_along_axis(norms, jnp.argmax(norms > 0, axis=1)[:, None], axis=1)
-    # Keys before the first that is not zero score 0 under any ridge: this looks into no future.
+    # Keys before the first that is not zero score 0 under any finite ridge: this looks into no future.
     return _ridge(jnp.where(first > 0, first, 1), chunks.shape[-1])
 
 
@@ -97,7 +97,7 @@ def absorb(
     def by_qr():
         columns = jnp.concatenate([_transpose(whitened), jnp.broadcast_to(ones, lower.shape)], axis=1)
         # The ridge grows with the longest key: below its rounding error nothing is told apart.
-        ridge = _ridge(jnp.max(jnp.linalg.norm(keys, axis=-1), axis=1, keepdims=True), keys.shape[2])
+        ridge = _ridge(jnp.max(_norms(keys), axis=1, keepdims=True), keys.shape[2])
         rows = jnp.concatenate([factor, keys, ridge], axis=1)
         return (
             jnp.where(is_safe, diagonal, _diagonal(linalg.qr_factor(columns))),
@@ -133,6 +133,14 @@ def _by_head(keys: Float[Array, "B S H D"]) -> Float[Array, "N S D"]:
     batch, num_keys, heads, head_dim = keys.shape
     keys = keys if keys.dtype == jnp.float64 else keys.astype(jnp.float32)
     return jnp.swapaxes(keys, 1, 2).reshape(batch * heads, num_keys, head_dim)
+
+
+def _norms(keys: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    """Norms of finite keys, themselves finite: no square overflows, or underflows to a key that would count as zero."""
+    largest = jnp.max(jnp.abs(keys), axis=-1)
+    scale = jnp.where(largest > 0, largest, 1)
+    norms = scale * jnp.linalg.norm(keys / scale[..., None], axis=-1)
+    return jnp.minimum(norms, jnp.finfo(norms.dtype).max)
 
 
 def _ridge(norms: Float[Array, "N 1"], head_dim: int) -> Float[Array, "N D D"]:

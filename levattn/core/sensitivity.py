@@ -22,6 +22,7 @@ Sources: LevAttention (arXiv 2410.05462), section 3; Cohen and Peng (arXiv 1412.
 import functools
 import itertools
 import math
+import numbers
 
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -46,9 +47,9 @@ def check_eps(eps: float | int) -> float:
     """`eps` as a float.
 
     Raises:
-      ValueError: Unless 0 < eps <= 1, the range of attention entries.
+      ValueError: Unless it is a number and 0 < eps <= 1, the range of attention entries.
     """
-    if not 0 < eps <= 1:
+    if not isinstance(eps, numbers.Real) or isinstance(eps, bool) or not 0 < eps <= 1:
         raise ValueError(f"{eps=} must be in (0, 1]: it is a share of one row of the attention matrix")
     return float(eps)
 

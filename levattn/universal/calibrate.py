@@ -1,14 +1,15 @@
 """Choosing eps: from the number of keys that one can afford, or from the attention that they are to capture."""
 
 import math
+import numbers
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Array, Float
 
-from levattn.core.basis import checked_matrix, row_blocks
+from levattn.core.basis import at_unit_scale, checked_matrix, row_blocks
 from levattn.core.functions import AttentionFunction, Power, Softmax
-from levattn.core.heavy import checked_pair
+from levattn.core.heavy import check_row_sums, checked_pair, largest_exponents
 from levattn.core.sensitivity import SLACK, sensitivity_bounds
 
 _BLOCK_BYTES = 1 << 26
@@ -44,12 +45,17 @@ def choose_eps(
 
     Raises:
       ValueError: For arguments that do not go together or are out of range; for a size below the number of keys of
-        score 1, a mass that keys of score 0 hold, or a coverage that so few queries cannot show.
+        score 1, a mass that keys of score 0 hold, or a coverage that so few queries cannot show; for row sums of f that
+        leave float64 (under a power they cannot: rows are scaled).
 
     Cost: that of the scores, and 2 T S D operations for a mass.
     """
     if (size is None) == (mass is None):
         raise ValueError(f"{size=}, {mass=}: give exactly one of them")
+    if size is not None and (queries is not None or coverage is not None):
+        raise ValueError(f"queries and coverage go with a mass, not with {size=}: leave them out")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, numbers.Integral)):
+        raise ValueError(f"{size=} must be an int: it is a number of keys")
     keys = checked_matrix("keys", keys)
     scores = sensitivity_bounds(keys, Power(2) if f.growth is None else f)
     order = np.argsort(-scores, kind="stable")
@@ -107,11 +113,19 @@ def _num_for_coverage(queries, keys, f, mass, coverage) -> int:
 def _attention(queries, keys, f) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of rows of the attention matrix, and which of them have none."""
     keys = keys.astype(np.float64)
-    for _, block in row_blocks(queries, max(1, _BLOCK_BYTES // (24 * len(keys)))):
+    is_power = isinstance(f, Power)
+    if is_power:
+        keys = at_unit_scale(keys)
+    for start, block in row_blocks(queries, max(1, _BLOCK_BYTES // (24 * len(keys)))):
+        if is_power:  # the attention of a query is that of its multiples
+            block = np.ldexp(block, -np.frexp(np.max(np.abs(block), axis=1, keepdims=True))[1])
+            block = np.ldexp(block, -largest_exponents(block, keys))
         products = block @ keys.T
         if isinstance(f, Softmax):
             products *= keys.shape[1] ** -0.5
             products -= np.max(products, axis=1, keepdims=True)
         values = f(products)
         sums = np.sum(values, axis=1)
+        if f.growth is not None:
+            check_row_sums(sums, block, keys, f, start)
         yield values / np.where(sums > 0, sums, 1)[:, None], sums == 0

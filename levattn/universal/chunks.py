@@ -46,7 +46,7 @@ def cast_keys(keys: Shaped[np.ndarray, "C D"], dtype: Any) -> Float[np.ndarray, 
         raise ValueError(
             f"a key of size {sizes[np.argmax(is_lost)]:.3g} is beyond the range of {dtype}, {limits.tiny:.2g} to "
             f"{limits.max:.2g}: multiply all keys by a power of two, which changes no set, or compute in float64 "
-            "(--precision double)"
+            "(dtype=jnp.float64 with jax_enable_x64; --precision double)"
         )
     return keys.astype(dtype)
 

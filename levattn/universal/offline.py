@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from levattn.core.basis import checked_matrix
-from levattn.core.functions import AttentionFunction, Power
+from levattn.core.functions import AttentionFunction, Growth, Power
 from levattn.core.sensitivity import sensitivity_bounds
 from levattn.universal.sets import UniversalSet, check_eps, threshold_set
 
@@ -51,6 +51,8 @@ def describe_guarantee(f: AttentionFunction) -> str:
         f"every entry >= eps of attention under {f} lies on a key of this set, whatever the queries, for keys taken as "
         "exact to 16 D roundings of float64"
     )
+    if isinstance(f, Growth):
+        promise = f"if the stated growth holds, which was tried and not proved: {promise}"
     if isinstance(f, Power) and f.p == 2:
         return f"{promise}; and for each key of the set some query gives it an entry of eps (up to rounding)"
     return f"{promise}; keys may be in it that no query gives an entry of eps, as scores are upper bounds"

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from levattn.universal import counts
+from levattn.universal.chunks import cast_keys
 from levattn.universal.running_gram import (
     RunningGram,
     add_keys,
@@ -55,7 +56,7 @@ class ShardedCandidates(NamedTuple):
 
 
 def sharded_universal_set(
-    keys: Float[Array, "S D"],
+    keys: Float[Array | np.ndarray, "S D"],
     eps: float,
     *,
     mesh: Mesh,
@@ -67,6 +68,8 @@ def sharded_universal_set(
 
     Args:
       keys: A global array. Rows must divide among the devices along `axis`: pad with zero rows, which are in no set.
+        A NumPy array, the same on every process, is cast shard by shard, with a look at what that loses;
+        `jnp.asarray` casts float64 to float32 without one.
       eps: The threshold, in (0, 1].
       mesh: The devices.
       axis: The axis of the mesh that rows are split over.
@@ -78,7 +81,7 @@ def sharded_universal_set(
 
     Raises:
       ValueError: An argument is out of range, rows do not divide, a key on any shard is not finite, or a shard had more
-        candidates than slots.
+        candidates than slots; or a key of a NumPy array is beyond the range of `dtype`.
 
     Cost: 4 S D^2 operations over all devices. See `communicated_bytes` for what travels.
     """
@@ -89,6 +92,9 @@ def sharded_universal_set(
         raise ValueError(f"{keys.shape[0]} keys do not divide among {mesh.shape[axis]} devices: append rows of zeros")
     if keys.shape[0] >= 1 << 31:
         raise ValueError(f"{keys.shape[0]} keys are more than int32 counts: give each part to a OnePassStream")
+    if isinstance(keys, np.ndarray):
+        host_keys, by_rows = keys, NamedSharding(mesh, PartitionSpec(axis))
+        keys = jax.make_array_from_callback(keys.shape, by_rows, lambda at: cast_keys(host_keys[at], dtype))
     # By way of the host: every process then goes on alone, on its own devices.
     found = jax.tree.map(
         jnp.asarray, jax.device_get(_find(keys, eps=eps, mesh=mesh, axis=axis, one_round=one_round, dtype=dtype))
