@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from levattn.data import open_source
+from levattn.data import DataConfig, open_source
 from levattn.training.checkpoint import Checkpointer, DamagedCheckpointError, committed_steps, has_checkpoint
-from levattn.training.config import TrainConfig, from_config_dict
+from levattn.training.config import TrainConfig, from_config_dict, to_dict
 from levattn.training.export import export_params, load_params
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.loop import train
@@ -32,6 +32,7 @@ from levattn.training.manifest import MANIFEST_FILE, verify_manifest, write_mani
 from levattn.training.metrics import MetricWriter
 from levattn.training.nonfinite import NonFiniteError
 from levattn.training.signals import EXIT_STOPPED
+from levattn.training.trained import load_trained
 from levattn.training.workdir import WorkdirInUseError, locked_workdir
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,41 @@ def test_where_every_checkpoint_is_damaged_nothing_is_restored_or_changed(three_
             assert "steps [1, 2, 3]" in str(error.value)
             assert str(error.value).count("state/manifest.ocdbt: ") == 3
     assert contents(folder) == before
+
+
+def test_a_pipe_in_place_of_any_file_holds_nobody_up(three_checkpoints, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three_checkpoints, folder)
+    for path in [path for path in (folder / "3").rglob("*") if path.is_file() and path.name != MANIFEST_FILE]:
+        path.unlink()
+        os.mkfifo(path)
+    with Checkpointer(folder, read_only=True) as checkpointer:
+        checkpointer.best_step()
+        with pytest.warns(RuntimeWarning, match="DAMAGED"):
+            assert checkpointer.newest_sound_step() == 2
+
+
+def test_a_config_whose_parameters_the_files_cannot_fill_is_refused_before_they_are_allocated(
+    three_checkpoints, tmp_path
+):
+    shutil.copytree(three_checkpoints, tmp_path / CHECKPOINT_FOLDER)
+    model = MODEL | {"num_classes": 10, "mlp_dim": 2**20}
+    config = from_config_dict(TrainConfig, DIGITS | {"model": model})
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(config)))
+    with pytest.raises(ValueError, match=r"are to unpack to 2.* of parameters: those are no weights"):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text.replace("\n", "\r\n"), lambda text: text[:-1], lambda text: text * 2]
+)
+def test_a_manifest_is_taken_to_the_letter(tmp_path, change):
+    (tmp_path / "a").write_text("a")
+    write_manifest(tmp_path)
+    assert not verify_manifest(tmp_path)
+    path = tmp_path / MANIFEST_FILE
+    path.write_bytes(change(path.read_text()).encode())
+    assert verify_manifest(tmp_path)
 
 
 def test_the_manifest_is_read_by_coreutils(three_checkpoints):
@@ -663,6 +699,21 @@ def test_examples_that_have_changed_under_the_same_name_are_refused_unless_allow
     ):
         train(config, workdir)
     train(config, workdir, allow_changed=("data.fingerprint",))
+
+
+def test_pixels_and_labels_exchanged_between_files_of_one_size_change_the_fingerprint(tmp_path):
+    """A folder where names and sizes stay; 40 of 300 files change, of which more than one in two are read."""
+    for number in range(300):
+        path = tmp_path / f"class{number % 2}" / f"{number:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(f"{number:03}".encode())
+    data = DataConfig(source=f"folder:{tmp_path}")
+    before = open_source(data, "train").fingerprint
+    assert open_source(data, "train").fingerprint == before
+    for number in range(0, 40, 2):
+        (tmp_path / "class0" / f"{number:03}.png").write_bytes(f"{number + 1:03}".encode())
+        (tmp_path / "class1" / f"{number + 1:03}.png").write_bytes(f"{number:03}".encode())
+    assert open_source(data, "train").fingerprint != before
 
 
 def test_the_layer_that_overflows_first_is_named(finished_run, tmp_path):

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+import signal
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from configs import fashion_mnist, imagenet, quickstart
 from levattn.training import cli
 from levattn.training.config import EvalConfig, TrainConfig, from_config_dict, to_dict
 from levattn.training.config_dict import _dotted_names
+from levattn.training.loop import _check_memory
 
 # Of the loader of config files.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -122,6 +124,61 @@ def test_an_override_that_cannot_be_used_is_refused_by_its_field(override, messa
 )
 def test_a_config_file_or_argument_that_cannot_be_used_is_refused_by_its_name(config, message, monkeypatch):
     assert message in refusal(config=config, monkeypatch=monkeypatch)
+
+
+def test_a_flag_of_a_section_that_the_file_leaves_out_is_named_alone(monkeypatch, tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({'model': {}})\n"
+    )
+    said = refusal("--config.total_steps=3", "--config.model.attention.k=4", config=str(path), monkeypatch=monkeypatch)
+    assert said.startswith("error: model.attention.k: no flag can set that, as the config file has no section 'attent")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.rep_size=-5",
+        "model.layer_norm_eps=0.0",
+        "model.layer_scale=-1.0",
+        "model.mlp_dim=4194304",
+        "model.num_registers=4194304",
+        "model.attention.seed=-1",
+        "optimizer.eps=-1.0",
+        "mesh.fsdp_min_size=-1",
+        "total_steps=2147483648",
+        "hang_timeout=1e8",
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_their_field(override, monkeypatch, tmp_path):
+    section = {name: {} for name in ("optimizer", "mesh")} | {"model": {"num_classes": 10, "attention": {}}}
+    path = tmp_path / "config.py"
+    path.write_text(f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({section})\n")
+    needed = ("--config.data={}", "--config.total_steps=5") if "total_steps" not in override else ("--config.data={}",)
+    assert f"{override.partition('=')[0]}=" in (
+        refusal(*needed, f"--config.{override}", config=str(path), monkeypatch=monkeypatch) or ""
+    )
+
+
+def test_more_epochs_than_steps_can_be_counted_are_refused():
+    config = from_config_dict(TrainConfig, {"data": {}, "model": {"num_classes": 10}, "total_epochs": 1e30})
+    with pytest.raises(ValueError, match=r"total_epochs=1e\+30"):
+        config.num_steps(1000)
+
+
+def test_a_batch_larger_than_memory_is_refused():
+    with pytest.raises(ValueError, match=r"batch_size=1000000000 of \(224, 224, 3\) images .* take a smaller one"):
+        _check_memory(10**9, (224, 224, 3))
+
+
+def test_control_c_is_one_line_and_exit_code_130(capsys, monkeypatch):
+    monkeypatch.setattr(cli.app, "run", lambda main, **_: main(["train.py"]))
+    monkeypatch.setattr(cli.flags, "FLAGS", {"verbosity": cli.flags.FLAGS["verbosity"]})
+    monkeypatch.setattr(cli.warnings, "showwarning", cli.warnings.showwarning)  # put back at the end
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: signal.raise_signal(signal.SIGINT))
+    assert stopped.value.code == cli.EXIT_INTERRUPTED == 130
+    assert capsys.readouterr().err.startswith("interrupted; ")
 
 
 def test_every_misspelt_field_is_answered_with_the_right_one(monkeypatch):

@@ -11,6 +11,9 @@ import multiprocessing
 import os
 import signal
 import struct
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 import zlib
@@ -134,6 +137,7 @@ def test_names_do_not_matter_and_every_kind_becomes_three_channels(folder):
         encode(sixteen, "PNG"),
         encode(sixteen, "TIFF"),
         encode(rgb.convert("RGBA"), "WEBP", lossless=True),
+        b"P5 16 12 65535\n" + (PIXELS[..., 0].astype(">u2") * 257).tobytes(),
     ]
     for number, data in enumerate(kinds):
         (folder / "good" / f"{2 * number:02d}.jpg").write_bytes(data)
@@ -142,6 +146,7 @@ def test_names_do_not_matter_and_every_kind_becomes_three_channels(folder):
     assert sum(batch["mask"].sum() for batch in batches) == 40
     assert all(batch["image"].shape == (8, 12, 12, 3) for batch in batches)
     np.testing.assert_array_equal(decode_image(kinds[4]), PIXELS[..., :1].repeat(3, axis=2))
+    np.testing.assert_array_equal(decode_image(kinds[7]), decode_image(kinds[4]))
     np.testing.assert_array_equal(decode_image(kinds[0]), PIXELS)
     np.testing.assert_array_equal(decode_image(kinds[6]), PIXELS)
 
@@ -420,3 +425,30 @@ def test_a_killed_worker_ends_the_stream_within_seconds():
         assert time.perf_counter() - start < 10
     finally:
         stream.close()
+
+
+def test_workers_end_with_a_parent_that_was_killed():
+    script = """
+        import multiprocessing, time
+        from levattn.data import DataConfig, open_source, train_batches
+
+        config = DataConfig(source="fake:size=12,examples=400", num_workers=2)
+        stream = train_batches(open_source(config, "test"), config, global_batch_size=4, seed=0)
+        next(stream)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(60)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True) as parent:
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.kill()
+
+    def is_running(pid):
+        with contextlib.suppress(OSError):
+            return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return False
+
+    deadline = time.monotonic() + 10
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

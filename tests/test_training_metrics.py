@@ -51,6 +51,17 @@ def test_a_resumed_run_leaves_each_step_once_and_in_order(tmp_path):
     assert [line["step"] for line in read_lines(tmp_path)] == [2, 4, 6, 8]
 
 
+def test_damaged_lines_inside_the_file_are_dropped_and_counted_aloud(tmp_path):
+    write_steps(tmp_path, [1, 2, 3, 4], tensorboard=False)
+    path = tmp_path / "metrics.jsonl"
+    one, two, three, four = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(one + two.replace(b"loss", b"l\xffss") + b'{"step": 2, "lo' + three + b"[" * 5000 + b"\n" + four)
+    with pytest.warns(RuntimeWarning, match=r"^3 damaged lines of .*metrics\.jsonl' were dropped; training goes on$"):
+        writer = MetricWriter(tmp_path, start_step=4, tensorboard=False)
+    writer.write(5, {"loss": 5.0})
+    assert [line["step"] for line in read_lines(tmp_path)] == [1, 4, 5]
+
+
 def test_a_run_from_the_start_begins_a_new_file(tmp_path):
     write_steps(tmp_path, [0, 2], tensorboard=False)
     write_steps(tmp_path, [0, 1], tensorboard=False)

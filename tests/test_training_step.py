@@ -118,6 +118,19 @@ def test_microbatches_give_the_step_of_the_whole_batch():
     assert_close(take_steps(dataclasses.replace(whole, accumulate_steps=4)), take_steps(whole))
 
 
+def test_an_update_that_overflows_from_a_finite_gradient_is_left_out():
+    """The squares of the new parameters are past float32; loss and gradient are not."""
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(SGD, learning_rate=1e30), nonfinite="skip")
+    before, _, _ = start(config, num_devices=1)
+    before = jax.device_get(before)
+    after, metrics = take_steps(config, num_steps=1, num_devices=1)
+    assert metrics["nonfinite"]
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert not np.isfinite(metrics["param_norm"])
+    assert after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+
+
 def test_the_average_follows_its_closed_form():
     """After n steps it is d^n p_0 + (1 - d) sum_i d^(n - i) p_i."""
     state, step_fn, mesh = start(CONFIG)

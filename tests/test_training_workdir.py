@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from levattn.training import workdir as workdir_lib
-from levattn.training.workdir import atomic_path, prepare_workdir, provenance, read_config, record_run, write_json
+from levattn.training.workdir import (
+    WorkdirInUseError,
+    atomic_path,
+    locked_workdir,
+    prepare_workdir,
+    provenance,
+    read_config,
+    record_run,
+    write_json,
+)
 
 CONFIG = {"seed": 3, "model": {"variant": "S/16", "k": [8, 16], "eps": None}}
 
@@ -22,6 +31,18 @@ def test_the_recorded_config_is_read_back_equal_and_versions_lie_beside_it(tmp_p
     record = json.loads((path / "versions.json").read_text())
     assert record["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert record["hardware"]["platform"] == "cpu"
+
+
+def test_a_lock_whose_file_was_removed_is_found_before_a_save(tmp_path):
+    with locked_workdir(tmp_path) as check:
+        check()
+        (tmp_path / ".lock").unlink()
+        with pytest.raises(WorkdirInUseError, match=r"\.lock' of this run was removed"):
+            check()
+        with locked_workdir(tmp_path) as check_other:
+            check_other()
+            with pytest.raises(WorkdirInUseError):
+                check()
 
 
 def test_a_folder_without_records_has_no_config(tmp_path):

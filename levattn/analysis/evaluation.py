@@ -20,6 +20,7 @@ from levattn.training.config import EvalConfig, from_config_dict
 from levattn.training.evaluate import evaluate_attention
 from levattn.training.loaded import LoadedModel, load_model
 from levattn.training.retrofit import evaluate_retrofit
+from levattn.training.trained import split_step
 from levattn.training.workdir import prepare_workdir
 
 BUDGETS_FILE = "budgets.json"
@@ -98,7 +99,9 @@ def describe_model(trained: LoadedModel) -> str:
 def _folder_for_results(config: EvalConfig, trained: LoadedModel) -> Path:
     if config.out:
         return Path(config.out)
-    checkpoint = Path(config.checkpoint).expanduser()
+    checkpoint, step = split_step(Path(config.checkpoint).expanduser())
+    if step is not None:  # nothing goes into a checkpoint: its manifest says what is there
+        return checkpoint / f"step-{step}"
     if not checkpoint.exists():  # a repository in a cache, where nothing else is to be put
         return Path("runs") / trained.name
     return checkpoint if checkpoint.is_dir() else checkpoint.parent

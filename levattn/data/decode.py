@@ -16,7 +16,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from levattn.data.errors import ImageError
 
-# 256 MiB of RGB, about 9,459 x 9,459; from here on PIL warns. Decoding takes up to eleven bytes a pixel on the way.
+# 256 MiB of RGB, about 9,459 x 9,459; from here on PIL warns. Decoding takes up to eleven bytes a pixel on the
+# way, and of WebP, whose decoder keeps several copies with alpha, up to 27.
 MAX_PIXELS = 89_478_485
 # No others: PIL hands some formats on to other programs, and knows many that no data set is stored in.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -96,8 +97,9 @@ def _may_be_rotated(data: bytes) -> bool:
 
 def _decode_with_pil(data: bytes, num_channels: int) -> UInt8[np.ndarray, "h w c"]:
     def to_pixels(image: Image.Image) -> np.ndarray:
+        is_sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
+        if is_sixteen_bit:
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ImageError(f"pixels of more than 16 bits (mode {image.mode!r}) have no known range")

@@ -31,6 +31,7 @@ REMAT_POLICIES = {
 }
 
 
+MAX_WIDTH = 2**20  # Of any layer but the head, and tokens before the patches.
 MAX_DEPTH = 1000  # Published encoders have 64 layers at most: more is a slip, or a file that was made up.
 
 
@@ -115,6 +116,9 @@ class ModelConfig:
         for field in ("width", "depth", "mlp_dim", "num_heads"):
             if getattr(dims, field) < 1:
                 raise ValueError(f"{field}={getattr(dims, field)} must be at least 1")
+        for field in ("width", "mlp_dim"):
+            if getattr(dims, field) > MAX_WIDTH:
+                raise ValueError(f"{field}={getattr(dims, field)} must be at most {MAX_WIDTH}")
         if dims.depth > MAX_DEPTH:
             raise ValueError(f"depth={dims.depth} must be at most {MAX_DEPTH}: there is an attention for each layer")
         if dims.width % dims.num_heads:
@@ -126,8 +130,15 @@ class ModelConfig:
         for field in ("dropout", "stochastic_depth"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be in [0, 1)")
-        if self.num_registers < 0:
-            raise ValueError(f"num_registers={self.num_registers} must not be negative")
+        for field in ("num_registers", "rep_size"):
+            if not 0 <= getattr(self, field) <= MAX_WIDTH:
+                raise ValueError(f"{field}={getattr(self, field)} must not be negative, and at most {MAX_WIDTH}")
+        if self.layer_norm_eps <= 0:
+            raise ValueError(
+                f"layer_norm_eps={self.layer_norm_eps} must be positive: a token of one value has variance 0"
+            )
+        if self.layer_scale is not None and self.layer_scale < 0:
+            raise ValueError(f"layer_scale={self.layer_scale} must not be negative, or be None")
         if self.class_token is False and self.pool.startswith("cls"):
             raise ValueError(f"class_token=False must be None or True for pool={self.pool!r}, which reads it")
         if self.distilled and (self.pool != "cls" or self.rep_size or self.final_norm != "tokens"):

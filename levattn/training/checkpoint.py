@@ -27,7 +27,13 @@ from levattn.training.background import Background
 from levattn.training.checkpoint_folder import begin_save, end_save, move_aside, remove_step, remove_unfinished
 from levattn.training.checkpoint_folder import committed_steps as committed_steps
 from levattn.training.checkpoint_folder import has_checkpoint as has_checkpoint
-from levattn.training.manifest import MANIFEST_FILE, has_manifest, verify_manifest, write_manifest
+from levattn.training.manifest import (
+    MANIFEST_FILE,
+    has_manifest,
+    has_only_regular_files,
+    verify_manifest,
+    write_manifest,
+)
 
 
 class CheckpointError(OSError):
@@ -343,6 +349,8 @@ class Checkpointer:
         """Metrics and extra of a step; of one whose record cannot be read there are none."""
         if step not in self._records:
             try:
+                if not has_only_regular_files(self.directory / str(step)):
+                    raise OSError("a pipe or a device")
                 record = ocp.metadata(self.directory / str(step)).custom_metadata or {}
                 if "manifest" not in record:
                     record = {"metrics": _old_metrics(self.directory / str(step)), "extra": record}

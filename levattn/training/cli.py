@@ -6,6 +6,7 @@ import inspect
 import logging as pylogging
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
@@ -24,6 +25,9 @@ from levattn.training.signals import EXIT_STOPPED, Stopped
 _PACKAGE = Path(__file__).parents[1]
 _PARTING_S = 30.0
 
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+"""130, as shells have it."""
+
 
 def run(main: Callable[..., None]) -> NoReturn:
     """Parses flags and runs `main` with what is left of the command line. Exits with
@@ -34,6 +38,7 @@ def run(main: Callable[..., None]) -> NoReturn:
        whatever this package itself refuses by a ValueError; or the disk is (full, read-only, a checkpoint damaged).
     69: a step hung, or another process of the run was lost (`levattn.training.watchdog.EXIT_HUNG`).
     75: stopped by SIGTERM after a save (`EXIT_STOPPED`); the same command goes on.
+    130: ended by Ctrl-C, with nothing saved beyond the last checkpoint (`EXIT_INTERRUPTED`).
     134: ended by SIGABRT, with the stacks of all threads: JAX has not heard of another process for 100 s.
 
     Of several processes one that ends with an error waits for the others to end, too, but no more than 30 s.
@@ -54,6 +59,11 @@ def run(main: Callable[..., None]) -> NoReturn:
             except Stopped as stopped:
                 print(f"{stopped}; the same command goes on from there", file=sys.stderr)
                 sys.exit(EXIT_STOPPED)
+            except KeyboardInterrupt:
+                print(
+                    "interrupted; the same command begins again, a training run at its last checkpoint", file=sys.stderr
+                )
+                sys.exit(EXIT_INTERRUPTED)
             except NonFiniteError as error:
                 print(f"error: {error}", file=sys.stderr)
                 sys.exit(1)
@@ -95,7 +105,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _, _, cause = str(error).rpartition("\nValueError: ")
         _refuse(cause if isinstance(error, OSError) else _unknown_override(argv) or cause)
     except (AttributeError, KeyError, TypeError) as error:  # of an override of what is not there
-        _refuse(_unknown_override(argv) or f"{', '.join(_overrides(argv))}: no flag can set that ({error})")
+        _refuse(_unknown_override(argv) or _describe_unset(error, _overrides(argv)))
     except SyntaxError as error:
         _refuse(f"the config file is no Python: {error}")
 
@@ -109,6 +119,18 @@ def _unknown_override(argv: Sequence[str]) -> str | None:
     """What to say of the first of them that neither training nor evaluation knows."""
     found = (no_such_field(name, (TrainConfig, EvalConfig)) for name in _overrides(argv))
     return next(filter(None, found), None)
+
+
+def _describe_unset(error: Exception, names: list[str]) -> str:
+    """What to say of fields that are there and could not be set."""
+    section = str(error).strip("\"'")
+    below = [name for name in names if section in name.split(".")[:-1]]
+    if below:
+        return (
+            f"{', '.join(below)}: no flag can set that, as the config file has no section {section!r}: write "
+            f"{section}={{}} there"
+        )
+    return f"{', '.join(names)}: no flag can set that ({error})"
 
 
 def _is_news(record: pylogging.LogRecord) -> bool:

@@ -14,6 +14,9 @@ from levattn.training.config_dict import no_such_field as no_such_field
 from levattn.training.config_dict import sections as sections
 from levattn.training.config_dict import to_dict as to_dict
 
+_MAX_STEPS = 2**31 - 1  # a step is counted by 32 bits
+_MAX_TIMEOUT = 1e7  # seconds: clocks of threads take no more
+
 
 def _require(config: Any, name: str, holds: bool, must_be: str) -> None:
     if not holds:
@@ -61,6 +64,7 @@ class OptimizerConfig:
         _require(self, "weight_decay", self.weight_decay >= 0, "at least 0")
         _require(self, "b1", 0 <= self.b1 < 1, "in [0, 1)")
         _require(self, "b2", 0 <= self.b2 < 1, "in [0, 1)")
+        _require(self, "eps", self.eps > 0, "positive")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
         _require(self, "warmup_fraction", 0 <= self.warmup_fraction < 1, "in [0, 1)")
         if self.warmup_steps and self.warmup_fraction:
@@ -106,6 +110,7 @@ class MeshConfig:
     def __post_init__(self):
         _require(self, "data", self.data == -1 or self.data > 0, "positive, or -1 for all remaining devices")
         _require(self, "fsdp", self.fsdp > 0, "positive")
+        _require(self, "fsdp_min_size", self.fsdp_min_size >= 0, "at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,9 +234,12 @@ class TrainConfig:
         for name in ("batch_size", "total_steps", "total_epochs", "log_every_steps", "eval_every_steps"):
             value = getattr(self, name)
             _require(self, name, value is None or value > 0, "positive")
+        steps = self.total_steps
+        _require(self, "total_steps", steps is None or steps <= _MAX_STEPS, f"at most {_MAX_STEPS}")
         _require(self, "seed", 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         _require(self, "max_skipped", self.max_skipped >= 0, "at least 0")
-        _require(self, "hang_timeout", self.hang_timeout >= 0, "a number of seconds, or 0 for no limit")
+        fits = 0 <= self.hang_timeout <= _MAX_TIMEOUT
+        _require(self, "hang_timeout", fits, f"a number of seconds up to {_MAX_TIMEOUT:g}, or 0 for no limit")
         _require(self, "accumulate_steps", self.accumulate_steps > 0, "positive")
         _require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1) or None")
         if self.batch_size % self.accumulate_steps:
@@ -253,10 +261,19 @@ class TrainConfig:
         return self.distill is None or self.distill.head == "classifier"
 
     def num_steps(self, num_examples: int) -> int:
-        """Steps of the run on a training split of `num_examples`; epochs are rounded to whole steps, at least one."""
+        """Steps of the run on a training split of `num_examples`; epochs are rounded to whole steps, at least one.
+
+        Raises:
+          ValueError: They are more than 32 bits count.
+        """
         if self.total_steps is not None:
             return self.total_steps
-        return max(1, round(self.total_epochs * num_examples / self.batch_size))
+        num_steps = max(1, round(self.total_epochs * num_examples / self.batch_size))
+        if num_steps > _MAX_STEPS:
+            raise ValueError(
+                f"total_epochs={self.total_epochs} are {num_steps} steps; at most {_MAX_STEPS} can be counted"
+            )
+        return num_steps
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from levattn.training.config import TrainConfig
 from levattn.training.export import read_export_config
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE
 from levattn.training.pretrained import read_any, refuse_arch
-from levattn.training.trained import load_trained
+from levattn.training.trained import load_trained, split_step
 from levattn.training.workdir import CONFIG_FILE, VERSIONS_FILE
 
 # What the split for evaluation is called, in order of preference.
@@ -133,6 +133,7 @@ def find_eval_split(data: DataConfig) -> str:
 def _is_of_this_project(path: Path) -> bool:
     if path.is_file():
         return bool(read_export_config(path))
+    path, _ = split_step(path)
     # `config.json` alone would do for Hugging Face, too.
     is_run = any((path / name).exists() for name in (EXPORT_FILE, CHECKPOINT_FOLDER))
     return is_run or all((path / name).exists() for name in (CONFIG_FILE, VERSIONS_FILE))

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -84,7 +85,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.hang_timeout))
-        stack.enter_context(locked_workdir(workdir))
+        check_lock = stack.enter_context(locked_workdir(workdir))
         teacher = None
         if config.distill is not None:
             teacher = load_teacher(config.model, run.plan.params, config.init_from, config.init_arch)
@@ -125,6 +126,7 @@ def train(
             checksum = teacher.checksum if teacher else None
             record = resume_record(config, step, run.train_source.fingerprint, checksum, num_skipped)
             watchdog.rest()
+            check_lock()
             checkpointer.save(step, state, metrics, extra=record)
 
         def settle(num_left: int = 0) -> None:
@@ -218,6 +220,7 @@ def _prepare(config: TrainConfig, workdir: Path) -> _Run:
                 f"model.num_classes={config.model.num_classes} must be {expected}, the classes of {source.name}"
             )
     image_shape = output_shape(sources[0], config.data)
+    _check_memory(config.batch_size, image_shape)
     total_steps = config.num_steps(len(sources[0]))
     tx, schedule_fn = make_optimizer(config.optimizer, total_steps)
     model, ema = ViT(config.model), config.ema_decay is not None
@@ -240,6 +243,16 @@ def _prepare(config: TrainConfig, workdir: Path) -> _Run:
         # Read again when there is a state to put it into.
         read_fitting(plan.params, config.init_from, config.model, config.init_arch)
     return _Run(mesh, *sources, model, tx, schedule_fn, total_steps, init_fn, plan)
+
+
+def _check_memory(batch_size: int, image_shape: tuple[int, ...]) -> None:
+    """Refuses a batch whose pixels alone, a byte each, are more than this machine has memory for."""
+    num_bytes = batch_size * math.prod(image_shape) // jax.process_count()
+    if num_bytes > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+        raise ValueError(
+            f"{batch_size=} of {image_shape} images takes {num_bytes:,} bytes on this machine, which has {memory:,}: "
+            "take a smaller one"
+        )
 
 
 def _start(

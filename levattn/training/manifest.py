@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from levattn.data.sources.files import open_regular
 from levattn.training.workdir import atomic_path, sync_folder
 
 MANIFEST_FILE = "SHA256SUMS"
@@ -58,13 +59,16 @@ def verify_manifest(folder: str | os.PathLike) -> list[str]:
     """
     folder = Path(folder)
     try:
-        lines = (folder / MANIFEST_FILE).read_text().splitlines()
+        with open_regular(folder / MANIFEST_FILE) as file:
+            *lines, rest = file.read().decode().split("\n")  # other ends of lines would be a change
     except (OSError, UnicodeDecodeError) as error:
         return [f"{MANIFEST_FILE}: cannot be read ({error})"]
     matches = [_LINE.fullmatch(line) for line in lines]
-    if not lines or None in matches:
+    if not lines or rest or None in matches:
         return [f"{MANIFEST_FILE}: is empty or damaged"]
     wanted = {match[2]: match[1] for match in matches}
+    if len(wanted) != len(lines):
+        return [f"{MANIFEST_FILE}: is damaged, it names a file twice"]
     there = set(_names(folder))
     problems = [f"{name}: is missing" for name in wanted if name not in there]
     problems += [f"{name}: was not there when the checkpoint was written" for name in sorted(there - wanted.keys())]
@@ -73,6 +77,11 @@ def verify_manifest(folder: str | os.PathLike) -> list[str]:
         if digest != wanted[name]:
             problems.append(f"{name}: {digest or 'cannot be read, its SHA-256'} is not {wanted[name]} as written")
     return problems
+
+
+def has_only_regular_files(folder: str | os.PathLike) -> bool:
+    """Whether all that lies below a folder is files and folders, and not a pipe that a reader would wait for."""
+    return all(path.is_file() or path.is_dir() for path in Path(folder).rglob("*"))
 
 
 def _names(folder: Path) -> list[str]:
@@ -85,7 +94,7 @@ def _digests(folder: Path, names: Iterable[str], *, sync: bool = False) -> list[
 
     def digest(name: str) -> str | None:
         try:
-            with (folder / name).open("rb", buffering=0) as file:
+            with open_regular(folder / name, buffering=0) as file:
                 if sync:
                     os.fsync(file.fileno())
                 return hashlib.file_digest(file, "sha256").hexdigest()

@@ -88,7 +88,7 @@ class MetricWriter:
             if name not in self._failed:
                 self._failed.add(name)
                 warnings.warn(
-                    f"metrics could not be written to {name} ({error!r}); training goes on, and this is said once",
+                    f"metrics could not be written to {name} ({error!r:.300}); training goes on, and this is said once",
                     RuntimeWarning,
                     stacklevel=4,
                 )
@@ -124,19 +124,26 @@ class _EventFile:
 
 
 def _drop_after(path: Path, start_step: int) -> None:
-    """Leaves the lines up to a step, and none at step 0. A last line torn by a crash goes, too."""
+    """Leaves the lines up to a step, and none at step 0. What cannot be read goes, too, which is said of all but a last
+    line torn by a crash."""
     if not path.exists():
         return
-
-    def keep(line: str) -> bool:
+    *lines, torn = path.read_bytes().split(b"\n") if start_step > 0 else [b""]
+    kept, num_damaged = [], -1 if torn else 0
+    for line in [*lines, torn] if torn else lines:
         try:
-            return json.loads(line)["step"] <= start_step
-        except (ValueError, KeyError, TypeError):
-            return False
-
-    lines = path.read_text().splitlines() if start_step > 0 else []
+            if json.loads(line.decode())["step"] <= start_step:
+                kept.append(line + b"\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            num_damaged += 1
     with atomic_path(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines if keep(line)))
+        temporary.write_bytes(b"".join(kept))
+    if num_damaged > 0:
+        warnings.warn(
+            f"{num_damaged} damaged lines of {str(path)!r} were dropped; training goes on",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 class Progress:

@@ -23,7 +23,7 @@ from levattn.models.pretrained import (
 from levattn.training.config import TrainConfig, from_config_dict
 from levattn.training.export import check_own
 from levattn.training.finetune import CHECKPOINT_FOLDER, EXPORT_FILE, OWN_RESIZE, own_params
-from levattn.training.trained import load_trained
+from levattn.training.trained import load_trained, split_step
 from levattn.training.workdir import VERSIONS_FILE
 
 
@@ -37,9 +37,10 @@ def load_pretrained(
     """A trained model: its configuration, parameters and the input it expects.
 
     Args:
-      path: The workdir of a run of this project, finished or not; a file that a run exported; or a checkpoint that
-        others published, as a file, a folder, or the `owner/name` of a repository in the download cache of Hugging Face
-        (see `levattn.models.pretrained.read_pretrained`). Nothing is downloaded.
+      path: The workdir of a run of this project, finished or not, or `WORKDIR/checkpoints/STEP` for one of its
+        checkpoints; a file that a run exported; or a checkpoint that others published, as a file, a folder, or the
+        `owner/name` of a repository in the download cache of Hugging Face (see
+        `levattn.models.pretrained.read_pretrained`). Nothing is downloaded.
       image_size: As those below, see `levattn.models.pretrained.LoadOptions`: of the images to come, if not as trained.
       allow_zero_head: Take a published head that is all zeros.
       arch: Name of the published model that tells what a file without a config and without that name leaves open.
@@ -62,7 +63,8 @@ def load_pretrained(
 def read_any(path: str | os.PathLike, options: LoadOptions = AS_PUBLISHED) -> Pretrained:
     """`load_pretrained` without its warnings."""
     path = Path(path).expanduser()
-    if any((path / name).exists() for name in (EXPORT_FILE, CHECKPOINT_FOLDER, VERSIONS_FILE)):
+    workdir, _ = split_step(path)
+    if any((workdir / name).exists() for name in (EXPORT_FILE, CHECKPOINT_FOLDER, VERSIONS_FILE)):
         refuse_arch(options.arch, path)
         config, params = load_trained(path)
         return _of_run(config, jax.device_get(params), path.absolute().name, options)

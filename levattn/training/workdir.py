@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def prepare_workdir(path: str | os.PathLike, flag: str = "workdir", *, dry_run: 
 
 
 @contextlib.contextmanager
-def locked_workdir(workdir: str | os.PathLike) -> Iterator[None]:
+def locked_workdir(workdir: str | os.PathLike) -> Iterator[Callable[[], None]]:
     """Keeps other runs out of a workdir. Of the processes of one run, process 0 holds the lock for all.
 
     The lock is the kernel's (flock): it ends with the process that holds it, however that ends, and nothing is left to
@@ -68,13 +68,18 @@ def locked_workdir(workdir: str | os.PathLike) -> Iterator[None]:
     Args:
       workdir: From `prepare_workdir`.
 
+    Yields:
+      A function that raises `WorkdirInUseError` if the lock keeps nobody out any more, as its file was removed or
+      replaced. To be called before something is written that another run may have written, too.
+
     Raises:
       WorkdirInUseError: Another run holds the lock; says which process, since when, and on what host.
     """
     if jax.process_index() != 0:
-        yield
+        yield lambda: None
         return
-    with (Path(workdir) / LOCK_FILE).open("a+") as file:
+    path = Path(workdir) / LOCK_FILE
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -94,8 +99,16 @@ def locked_workdir(workdir: str | os.PathLike) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()} since {started}\n")
         file.flush()
+
+        def check() -> None:
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+                raise WorkdirInUseError(
+                    f"the lock {str(path)!r} of this run was removed: another run may have begun there. If there is "
+                    "none, the same command goes on from the last checkpoint"
+                )
+
         try:
-            yield
+            yield check
         finally:
             file.truncate(0)  # the file stays: a lock on a file that is removed keeps nobody out
 

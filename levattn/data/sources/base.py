@@ -50,7 +50,7 @@ class Source(ABC):
 
     @abstractmethod
     def _facts(self) -> Iterator[bytes]:
-        """What identifies the content, cheaply: the pixels, or the names and sizes of files."""
+        """What identifies the content, cheaply: the pixels, or the names and sizes of files and a sample."""
 
     @property
     def num_classes(self) -> int:
@@ -63,7 +63,10 @@ class Source(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 that changes with the examples, their order, their labels and the class names."""
+        """SHA-256 that changes with the examples, their order, their labels and the class names.
+
+        Of sets that lie on disk it sees the examples as far as `_facts` of their kind reads them.
+        """
         digest = hashlib.sha256()
         for fact in (repr((len(self), self.class_names)).encode(), *self._facts()):
             digest.update(len(fact).to_bytes(8, "big"))

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from typing import BinaryIO
 
 from levattn.data.errors import ImageError
 
@@ -16,16 +17,27 @@ def read_image_file(path: str | os.PathLike) -> bytes:
         failing disk), is a pipe or a device, which might never end, or is larger than `MAX_FILE_BYTES`.
     """
     try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"{path}: not a regular file; remove it")
-            data = file.read(MAX_FILE_BYTES + 1) if status.st_size <= MAX_FILE_BYTES else None
+        with open_regular(path) as file:
+            is_small = os.fstat(file.fileno()).st_size <= MAX_FILE_BYTES
+            data = file.read(MAX_FILE_BYTES + 1) if is_small else None
     except OSError as error:
-        raise ImageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise ImageError(f"{path}: cannot be read: {error.strerror or error}") from error
     if data is None or len(data) > MAX_FILE_BYTES:
         raise ImageError(f"{path}: more than {MAX_FILE_BYTES:,} bytes")
     return data
+
+
+def open_regular(path: str | os.PathLike, buffering: int = -1) -> BinaryIO:
+    """Opens a file to read its bytes, and nothing that could make the reader wait, or never end.
+
+    Raises:
+      OSError: It cannot be opened, or is a pipe, a device or a folder.
+    """
+    file = open(path, "rb", buffering=buffering, opener=_open_without_waiting)  # noqa: SIM115  The caller closes it.
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file; remove it")
+    return file
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -29,12 +29,17 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
         yield archive
 
 
+def is_bomb(unpacked: int, packed: int) -> bool:
+    """Whether so many bytes in a file of `packed` bytes are made to fill memory: more than 64 MiB and 20 times it."""
+    return unpacked > _SMALL + _MAX_RATIO * packed
+
+
 def _check(members: list[zipfile.ZipInfo], size: int) -> None:
     counts = collections.Counter(member.filename for member in members)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"it holds {twice[0]!r} more than once, and which one is meant nobody can tell")
     total = sum(member.file_size for member in members)
-    if total > _SMALL + _MAX_RATIO * size:
+    if is_bomb(total, size):
         raise ValueError(f"its {len(members)} members unpack to {total:,} bytes: that is a zip bomb, and no weights")
     end = 0
     for member in sorted(members, key=lambda member: member.header_offset):
